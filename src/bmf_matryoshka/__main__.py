@@ -1,0 +1,213 @@
+"""The command line: thin, the same functions as the notebooks."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+from .profiles import PROFILES, Profile, check_dims, get_profile
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+USUAL_DIMS = (1024, 768, 512, 384, 256, 128, 64, 32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 for success, 1 for a failed chapter, 2 for bad input."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.command(parsed))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bmf_matryoshka", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def add(name: str, command: object, description: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=description, description=description)
+        added.set_defaults(command=command)
+        return added
+
+    run = add("run", _run, "execute the course's notebooks in order")
+    run.add_argument("--profile", choices=PROFILES, default="laptop")
+    chosen = run.add_mutually_exclusive_group()
+    chosen.add_argument("--only", metavar="NN", help="run this chapter alone")
+    chosen.add_argument("--from", dest="start", metavar="NN", help="run from this chapter on")
+    run.add_argument("--exercises", action="store_true", help="run the exercises as a learner opens them")
+    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
+
+    train = add("train", _train, "fine-tune on your own pairs")
+    train.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the model")
+    train.add_argument("--profile", choices=PROFILES, default="laptop")
+    train.add_argument("--epochs", type=float, metavar="N")
+    train.add_argument("--base-model", metavar="M", help="a hub id or a folder")
+    train.add_argument("--dims", nargs="+", type=int, metavar="D", help="descending, for example 384 128 32")
+    train.add_argument("--full-dimension", action="store_true", help="add the base model's full width to the dims")
+    train.add_argument("--seed", type=int, default=42)
+
+    evaluate = add("evaluate", _evaluate, "measure a model on your own pairs at every dimension")
+    evaluate.add_argument("--model", required=True, metavar="M", help="a folder or a hub id")
+    evaluate.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    evaluate.add_argument("--split", choices=("test", "all"), default="test")
+    evaluate.add_argument("--dims", nargs="+", type=int, metavar="D")
+    evaluate.add_argument("--protocol", choices=("passage", "card"), default="passage")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every measure to this file")
+
+    summary = add("summary", _summary, "print the result table of a run")
+    summary.add_argument("--run-dir", type=Path, default=Path("runs/laptop"))
+
+    pairs = add("pairs", _pairs, "check or count the course's data")
+    pairs.add_argument("action", choices=("validate", "describe"))
+    pairs.add_argument("files", type=Path, nargs=2, metavar="FILE", help="passages.jsonl, then questions.jsonl")
+
+    add("derive", _derive, "write the exercises from the solutions")
+    publish = add("publish", _publish, "take a run's notebooks and figures into the project")
+    publish.add_argument("--run-dir", type=Path, default=Path("runs/laptop"))
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from . import workbook
+
+    parameters = {}
+    for text in arguments.parameters:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"-p {text}: write name=value")
+        parameters[name] = value
+    if arguments.profile != "laptop":
+        parameters.setdefault("profile", arguments.profile)
+    root = workbook.find_root()
+    folder = root / "notebooks" if arguments.exercises else root / "notebooks" / "solutions"
+    notebooks = workbook.select(workbook.chapters(folder), arguments.only, arguments.start)
+    run_dir = root / parameters.get("run_dir", f"runs/{parameters.get('profile', 'laptop')}")
+    try:
+        workbook.run(notebooks, run_dir / "notebooks", parameters)
+    except workbook.ChapterFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.only is None:
+        print(f"\n{workbook.summary(run_dir / 'figures' / 'results.json')}\n")
+    print(f"figures: {run_dir / 'figures'}\nnotebooks, executed, with HTML: {run_dir / 'notebooks'}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    profile = get_profile(arguments.profile)
+    if arguments.epochs is not None:
+        if arguments.epochs <= 0:
+            raise InputError(f"--epochs {arguments.epochs}: a number above 0 is needed")
+        profile = replace(profile, epochs=arguments.epochs, max_steps=-1)
+    if arguments.dims:
+        profile = replace(profile, dims=check_dims(tuple(arguments.dims)), full_dimension=False)
+    if arguments.full_dimension:
+        profile = replace(profile, full_dimension=True)
+    if arguments.out.exists():
+        raise InputError(f"--out {arguments.out} exists: name a new folder or remove it")
+    dataset = _read(arguments.pairs, profile)
+
+    from . import base_models, hardware, training
+
+    loaded = base_models.load(
+        arguments.base_model or profile.base_model, profile.max_seq_length, device=hardware.device()
+    )
+    profile.dims_for(base_models.width(loaded.model))
+    print(f"base model: {loaded.source}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{arguments.out.name}-", dir=arguments.out.parent) as work:
+        run = training.train(loaded.model, dataset, profile, Path(work), arguments.seed)
+    base_models.save(loaded.model, arguments.out, {"training.json": run.to_json()})
+    print(f"trained {run.info['steps']} steps in {run.info['seconds']} s; the model is in {arguments.out}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    dims = check_dims(tuple(arguments.dims)) if arguments.dims else None
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise InputError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    dataset = _read(arguments.pairs, get_profile("laptop"))
+
+    from . import base_models, evaluation, hardware
+
+    loaded = base_models.load(arguments.model, device=hardware.device())
+    width = base_models.width(loaded.model)
+    dims = check_dims(dims or tuple(dim for dim in USUAL_DIMS if dim <= width), width)
+    task = evaluation.build_task(dataset, arguments.split, arguments.protocol)
+    precision = hardware.precision(loaded.model.device.type)
+    results = evaluation.evaluate(loaded.model, task, dims, precision, show_progress=True)
+    print(f"{len(task.queries)} questions, {len(task.corpus)} passages, protocol {arguments.protocol}, {precision}")
+    for dim in dims:
+        ndcg, recall = (results.interval(dim, name) for name in ("ndcg@10", "recall@10"))
+        print(f"dim {dim:>4}  ndcg@10 {ndcg}  recall@10 {recall}")
+    if arguments.json is not None:
+        text = json.dumps(results.summary(), indent=1, ensure_ascii=False)
+        part = arguments.json.with_name(arguments.json.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(arguments.json)
+    return 0
+
+
+def _read(path: Path, profile: Profile) -> "DatasetDict":
+    from . import pairs
+
+    table, columns = pairs.read_file(path)
+    renamed = {role: name for role, name in columns.items() if role != name}
+    if renamed:
+        print("columns taken: " + ", ".join(f"{name} as {role}" for role, name in renamed.items()))
+    dataset = pairs.split(table, profile.split, profile.shares)
+    print(f"{path}: {len(table)} pairs: " + ", ".join(f"{len(part)} {name}" for name, part in dataset.items()))
+    return dataset
+
+
+def _summary(arguments: argparse.Namespace) -> int:
+    from . import workbook
+
+    print(workbook.summary(arguments.run_dir / "figures" / "results.json"))
+    return 0
+
+
+def _pairs(arguments: argparse.Namespace) -> int:
+    from . import base_models, course_data
+    from .profiles import E5_SMALL
+
+    data = course_data.read(*arguments.files)
+    model = base_models.load(E5_SMALL).model
+    if arguments.action == "describe":
+        print(course_data.statistics(data, partial(base_models.count_tokens, model)))
+        return 0
+    breaches = course_data.breaches(data, partial(base_models.count_tokens, model))
+    if breaches:
+        raise InputError(f"{len(breaches)} promise(s) broken: " + "; ".join(breaches))
+    print(f"valid: {len(data.passages)} passages, {len(data.questions)} questions")
+    return 0
+
+
+def _derive(_: argparse.Namespace) -> int:
+    from . import workbook
+
+    root = workbook.find_root()
+    for path in workbook.derive_exercises(root / "notebooks" / "solutions", root / "notebooks"):
+        print(path.relative_to(root))
+    return 0
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    from . import workbook
+
+    workbook.publish(arguments.run_dir, workbook.find_root())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

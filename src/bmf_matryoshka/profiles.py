@@ -1,0 +1,173 @@
+"""Profiles: every difference between a smoke test, a laptop, a free T4 and the published recipe, in one place."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InputError
+
+BGE_M3 = "BAAI/bge-m3"
+E5_SMALL = "intfloat/multilingual-e5-small"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a run trains, on how much, and how.
+
+    The precision is not part of it: it is what the machine really has (see `hardware.precision`).
+    """
+
+    name: str
+    base_model: str
+    dims: tuple[int, ...]
+    """Dimensions that MatryoshkaLoss trains and the evaluation reports, descending."""
+    full_dimension: bool
+    """Whether the base model's full width is added to `dims` where it is missing."""
+    max_seq_length: int
+    """Texts are cut after this many tokens, in training and evaluation."""
+    batch_size: int
+    gradient_accumulation_steps: int
+    epochs: float
+    learning_rate: float
+    warmup: float
+    """Share of all optimizer steps in which the learning rate rises."""
+    scale: float = 20.0
+    """What cosines are multiplied by in the loss (one over the temperature)."""
+    split: Literal["passage", "question"] = "passage"
+    """What is kept together when the pairs are split (see `pairs.split`)."""
+    shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Of train, validation and test; without validation, the test split chooses the checkpoint, as the card did."""
+    protocol: Literal["passage", "card"] = "passage"
+    """How the checkpoints are scored (see `evaluation.build_task`)."""
+    train_seq_length: int | None = None
+    """A shorter limit for training alone, where it pays for speed."""
+    columns: tuple[str, str] = ("anchor", "positive")
+    """MultipleNegativesRankingLoss takes the first column as the query."""
+    batches: Literal["no_duplicates", "similar_length"] = "no_duplicates"
+    mini_batch_size: int | None = None
+    """A number switches to CachedMultipleNegativesRankingLoss with mini-batches of this many pairs."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time (once called gradient checkpointing)."""
+    tf32: bool = False
+    """TensorFloat-32 on GPUs that have it (Ampere and later)."""
+    dropout: bool = True
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    train_token_embeddings: bool = True
+    max_steps: int = -1
+    """Stop after this many optimizer steps; -1 for no limit."""
+    max_passages: int | None = None
+    """Use only this many passages (the first in split order)."""
+
+    def dims_for(self, width: int) -> tuple[int, ...]:
+        """The dimensions for a base model of this width, descending.
+
+        Raises:
+            InputError: a dimension is above the width.
+        """
+        dims = (width, *self.dims) if self.full_dimension and width not in self.dims else self.dims
+        return check_dims(dims, width)
+
+
+def check_dims(dims: tuple[int, ...], width: int | None = None) -> tuple[int, ...]:
+    """Return the dims unchanged if they are positive, strictly descending and at most the model's width.
+
+    Raises:
+        InputError: otherwise, naming the value and the limit.
+    """
+    text = " ".join(str(dim) for dim in dims)
+    if not dims:
+        raise InputError("no dims given: name at least one, for example 384 128 32")
+    for dim in dims:
+        if dim < 1:
+            raise InputError(f"dims {text}: {dim} is not a positive number of dimensions")
+        if width is not None and dim > width:
+            raise InputError(f"dims {text}: {dim} is above the model's width of {width}; leave it out")
+    for left, right in itertools.pairwise(dims):
+        if right >= left:
+            raise InputError(f"dims {text}: {right} follows {left}; give them in descending order, each once")
+    return dims
+
+
+LAPTOP = Profile(
+    name="laptop",
+    base_model=E5_SMALL,
+    dims=(384, 256, 128, 64, 32),
+    full_dimension=True,
+    max_seq_length=256,
+    train_seq_length=128,
+    batch_size=32,
+    gradient_accumulation_steps=1,
+    epochs=1,
+    max_steps=70,
+    learning_rate=1e-4,
+    warmup=0.1,
+    scale=60.0,
+    batches="similar_length",
+    dropout=False,
+    train_token_embeddings=False,
+)
+
+SMOKE = Profile(
+    name="smoke",
+    base_model=E5_SMALL,
+    dims=(384, 128, 32),
+    full_dimension=True,
+    max_seq_length=64,
+    batch_size=16,
+    gradient_accumulation_steps=1,
+    epochs=1,
+    learning_rate=1e-4,
+    warmup=0.1,
+    scale=60.0,
+    batches="similar_length",
+    dropout=False,
+    train_token_embeddings=False,
+    max_steps=6,
+    max_passages=60,
+)
+
+COLAB = Profile(
+    name="colab",
+    base_model=BGE_M3,
+    dims=(1024, 768, 512, 256, 128, 64),
+    full_dimension=True,
+    max_seq_length=512,
+    batch_size=64,
+    gradient_accumulation_steps=1,
+    epochs=2,
+    learning_rate=2e-5,
+    warmup=0.1,
+    mini_batch_size=8,
+    activation_checkpointing=True,
+)
+
+CARD = Profile(
+    name="card",
+    base_model=BGE_M3,
+    dims=(768, 512, 256, 128, 64),
+    full_dimension=False,
+    max_seq_length=1024,
+    batch_size=16,
+    gradient_accumulation_steps=16,
+    epochs=10,
+    learning_rate=2e-5,
+    warmup=0.1,
+    split="question",
+    shares=(0.9, 0.0, 0.1),
+    protocol="card",
+    columns=("positive", "anchor"),
+    tf32=True,
+)
+
+PROFILES = {profile.name: profile for profile in (SMOKE, LAPTOP, COLAB, CARD)}
+
+
+def get_profile(name: str) -> Profile:
+    """The named profile.
+
+    Raises:
+        InputError: there is no such profile.
+    """
+    if name not in PROFILES:
+        raise InputError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]

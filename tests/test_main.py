@@ -1,0 +1,134 @@
+"""The command line, in this process: the same calls as `python -m bmf_matryoshka …`."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bmf_matryoshka import base_models, pairs
+from bmf_matryoshka.__main__ import main
+
+from .conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small model, cut to 32 tokens so that the tests are quick."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    base_models.save(base_models.load("intfloat/multilingual-e5-small", max_seq_length=32).model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory, course: pd.DataFrame) -> Path:
+    """A JSONL file as a user might have it: other column names, one more column."""
+    table = pairs.take_passages(course, 40)[["anchor", "positive", "letter"]]
+    path = tmp_path_factory.mktemp("foreign") / "mine.jsonl"
+    table.set_axis(["question", "context", "source"], axis=1).to_json(path, orient="records", lines=True)
+    return path
+
+
+def test_train_then_evaluate_on_ones_own_pairs(
+    base: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "tuned"
+    arguments = ["train", "--pairs", foreign, "--out", out, "--profile", "smoke", "--base-model", base]
+    assert run(*arguments, "--dims", 384, 64, "--epochs", 0.1) == 0
+    shown = capsys.readouterr().out
+    assert "columns taken: question as anchor, context as positive" in shown
+    assert f"base model: the folder {base}" in shown
+    assert json.loads((out / "training.json").read_text())["dims"] == [384, 64]
+    assert [path.name for path in out.parent.iterdir()] == ["tuned"]  # no checkpoints are left
+
+    report = tmp_path / "report.json"
+    arguments = ["evaluate", "--model", out, "--pairs", foreign, "--dims", 384, 64, "--json", report]
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "dim  384  ndcg@10 0." in shown
+    assert "dim   64  ndcg@10 0." in shown
+    test = json.loads(report.read_text())
+    assert set(test["dims"]) == {"384", "64"}
+
+    assert run(*arguments, "--split", "all", "--protocol", "card") == 0
+    everything = json.loads(report.read_text())
+    assert everything["queries"] == everything["passages"] == len(foreign.read_text().splitlines())
+    assert test["queries"] < everything["queries"]
+    card, passage = (results["dims"]["384"]["accuracy@1"]["value"] for results in (everything, test))
+    assert card < passage  # copies of a passage count as errors
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dims", "768", "64"], "dims 768 64: 768 is above the model's width of 384; leave it out"),
+        (["--dims", "64", "128"], "128 follows 64; give them in descending order"),
+        (["--dims", "64", "0"], "0 is not a positive number"),
+        (["--epochs", "0"], "--epochs 0.0: a number above 0 is needed"),
+        (["--base-model", "no/such-folder-or-model"], "no/such-folder-or-model"),
+        (["--pairs", "gone.csv"], "gone.csv: no such file"),
+    ],
+)
+def test_train_refuses_bad_input_in_one_line_and_writes_nothing(
+    base: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: Sequence[str], message: str
+) -> None:
+    defaults = ["--pairs", foreign, "--base-model", base, "--out", tmp_path / "out", "--profile", "smoke"]
+    assert run("train", *defaults, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malformed_file_stops_train_and_evaluate(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("anchor,positive\n" + "Frage?,Absatz\n" * 11 + "Frage?,\n", encoding="utf-8")
+    assert run("train", "--pairs", path, "--out", tmp_path / "out") == 2
+    assert run("evaluate", "--pairs", path, "--model", base, "--json", tmp_path / "report.json") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [f"error: {path}, row 12: positive (positive) is empty; fill it in or delete the row"] * 2
+    assert [found.name for found in tmp_path.iterdir()] == ["bad.csv"]
+
+
+def test_an_existing_out_folder_is_not_touched(
+    base: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert run("train", "--pairs", foreign, "--base-model", base, "--out", tmp_path) == 2
+    assert "exists: name a new folder or remove it" in capsys.readouterr().err
+    assert run("evaluate", "--pairs", foreign, "--model", base, "--json", tmp_path / "no" / "report.json") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_run_refuses_misspelt_parameters_and_chapters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run("run", "-p", "profil=smoke") == 2
+    assert "has no parameter 'profil'" in capsys.readouterr().err
+    assert run("run", "-p", "profile") == 2
+    assert "write name=value" in capsys.readouterr().err
+    assert run("run", "--only", "9") == 2
+    assert "there is no chapter '9'" in capsys.readouterr().err
+
+
+def test_pairs_validate_reports_counts_or_the_broken_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [ROOT / "data" / f"{name}.jsonl" for name in ("passages", "questions")]
+    assert run("pairs", "validate", *files) == 0
+    assert capsys.readouterr().out.startswith("valid: ")
+    broken = Path(shutil.copy(files[1], tmp_path / "questions.jsonl"))
+    broken.write_text(broken.read_text(encoding="utf-8").replace('"style": "alltag"', '"style": "alttag"', 1), "utf-8")
+    assert run("pairs", "validate", files[0], broken) == 2
+    assert "style 'alttag': choose one of" in capsys.readouterr().err
+    assert run("pairs", "describe", *files) == 0
+    assert "| `alltag` |" in capsys.readouterr().out

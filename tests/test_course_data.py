@@ -123,7 +123,13 @@ def test_every_broken_promise_is_found() -> None:
 
 
 def test_similar_questions_of_one_passage_are_allowed() -> None:
-    table = pd.DataFrame({"question_id": ["q1", "q2"], "passage_id": ["a", "a"], "text": ["Wer zahlt?", "Wer zahlt!"]})
+    table = pd.DataFrame(
+        {
+            "question_id": ["q1", "q2"],
+            "passage_id": ["a", "a"],
+            "text": ["Wer zahlt die Steuer?", "Wer zahlt die Steuer!"],
+        }
+    )
     assert course_data.similar_questions(table) == []
     other = table.assign(passage_id=["a", "b"])
     assert [row[:2] for row in course_data.similar_questions(other)] == [("q1", "q2")]

@@ -29,7 +29,7 @@ def stock(hits: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]", relevant: lis
 
 
 @settings(deadline=None)
-@given(st.integers(1, 20), st.integers(1, 130), st.floats(0, 0.3), st.integers(0, 5), st.integers(0, 999))
+@given(st.integers(1, 20), st.integers(1, 130), st.floats(0, 0.3), st.sampled_from([0, 1, 5, 120]), st.integers(0, 999))
 def test_every_measure_equals_the_library(queries: int, ranks: int, share: float, unseen: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     hits = rng.random((queries, ranks)) < share
@@ -81,6 +81,15 @@ def test_the_interval_agrees_with_the_normal_one_on_many_values() -> None:
     assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
     assert metrics.mean_interval(values) == interval
     assert str(metrics.Interval(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
+
+
+def test_the_interval_is_the_percentile_one_on_skewed_values() -> None:
+    values = np.random.default_rng(3).exponential(size=30) ** 2
+    means = np.random.default_rng(4).choice(values, (20_000, 30)).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    interval = metrics.mean_interval(values, resamples=20_000)
+    assert (interval.low, interval.high) == pytest.approx((low, high), rel=0.03)
+    assert high - values.mean() > 1.2 * (values.mean() - low)
 
 
 def test_the_interval_holds_the_true_mean_about_95_times_in_100() -> None:

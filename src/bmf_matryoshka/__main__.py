@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs = add("pairs", _pairs, "check or count the course's data")
     pairs.add_argument("action", choices=("validate", "describe"))
     pairs.add_argument("files", type=Path, nargs=2, metavar="FILE", help="passages.jsonl, then questions.jsonl")
+    pairs.add_argument("--into", type=Path, metavar="FILE", help="describe: also fill the blocks of this datasheet")
 
     add("derive", _derive, "write the exercises from the solutions")
     publish = add("publish", _publish, "take a run's notebooks and figures into the project")
@@ -178,15 +179,24 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _pairs(arguments: argparse.Namespace) -> int:
-    from . import base_models, course_data
+    from . import base_models, course_data, datasheet, workbook
     from .profiles import E5_SMALL
 
     data = course_data.read(*arguments.files)
-    model = base_models.load(E5_SMALL).model
+    count_tokens = partial(base_models.count_tokens, base_models.load(E5_SMALL).model)
     if arguments.action == "describe":
-        print(course_data.statistics(data, partial(base_models.count_tokens, model)))
+        blocks = {"statistics": datasheet.statistics(data, count_tokens)}
+        folder = arguments.files[0].parent
+        if (folder / "readings.jsonl").is_file():
+            blocks["readings"] = datasheet.readings(data, folder)
+        print("\n\n".join(blocks.values()))
+        if arguments.into is not None:
+            text = arguments.into.read_text(encoding="utf-8")
+            for name, content in blocks.items():
+                text = workbook.fill(text, name, content)
+            arguments.into.write_text(text, encoding="utf-8")
         return 0
-    breaches = course_data.breaches(data, partial(base_models.count_tokens, model))
+    breaches = course_data.breaches(data, count_tokens)
     if breaches:
         raise InputError(f"{len(breaches)} promise(s) broken: " + "; ".join(breaches))
     print(f"valid: {len(data.passages)} passages, {len(data.questions)} questions")

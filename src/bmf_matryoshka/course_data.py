@@ -1,7 +1,7 @@
-"""The data set that the course ships: `passages.jsonl` and `questions.jsonl`, read, checked and counted."""
+"""The data set that the course ships: `passages.jsonl` and `questions.jsonl`, read and checked."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ MEAN_QUESTION, LONGEST_QUESTION = (20, 28), 64
 QUESTIONS_A_PASSAGE = (1, 14)
 MAX_SIMILARITY = 90
 MAX_SHARE_ALIKE = 0.05
-SAMPLE_SEED = 2026
 
 
 @dataclass(frozen=True)
@@ -136,98 +135,6 @@ def share_alike(passages: pd.DataFrame) -> float:
                 total += 1
                 alike += len(left & right) >= max(1, min(len(left), len(right)) / 2)
     return alike / total if total else 0.0
-
-
-def statistics(data: CourseData, count_tokens: CountTokens) -> str:
-    """The counts of the datasheet, as Markdown.
-
-    Args:
-        data: what `read` returned.
-        count_tokens: the number of XLM-RoBERTa tokens of each text.
-    """
-    passages, questions = data.passages, data.questions
-    several = int((questions["relevant"].str.len() > 1).sum())
-    lengths = {name: count_tokens(table["text"].tolist()) for name, table in vars(data).items()}
-    lines = [
-        f"{len(passages):,} passages in {passages['letter'].nunique()} letters, {len(questions):,} questions "
-        f"({len(questions) / len(passages):.1f} a passage), {several:,} of them ({several / len(questions):.0%}) with "
-        "more than one relevant passage. "
-        f"{share_alike(passages):.2%} of the passage pairs within a letter share half of their 5-grams.",
-        "",
-        "| length in XLM-R tokens | min | 10 % | median | mean | 90 % | max |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, tokens in lengths.items():
-        low, middle, high = np.percentile(tokens, [10, 50, 90])
-        cells = (
-            f"{min(tokens)}",
-            f"{low:.0f}",
-            f"{middle:.0f}",
-            f"{np.mean(tokens):.1f}",
-            f"{high:.0f}",
-            f"{max(tokens)}",
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| style | questions | share |", "| --- | ---: | ---: |"]
-    styles = questions["style"].value_counts()
-    lines += [f"| `{style}` | {styles[style]:,} | {styles[style] / len(questions):.1%} |" for style in STYLES]
-    for name, tokens in lengths.items():
-        lines += ["", "```", f"tokens    {name}", *_histogram(tokens), "```"]
-    lines += ["", "| letter | passages | questions |", "| --- | ---: | ---: |"]
-    asked = questions["passage_id"].map(passages.set_index("passage_id")["letter"]).value_counts()
-    for letter, count in passages["letter"].value_counts(sort=False).items():
-        lines.append(f"| {letter} | {count} | {asked[str(letter)]} |")
-    return "\n".join(lines)
-
-
-def readings_statistics(
-    data: CourseData, findings: Sequence[Mapping[str, Any]], sample: Sequence[Mapping[str, Any]]
-) -> str:
-    """What the readings found, as Markdown.
-
-    Args:
-        data: what `read` returned.
-        findings: the lines of `readings.jsonl`.
-        sample: the lines of `sample.jsonl`: each drawn passage with the errors that its reader found.
-    """
-    table = pd.DataFrame(list(findings))
-    counts = pd.crosstab(table["kind"], table["reading"])
-    wrong = table[table["kind"].isin(["fact", "citation"])]
-    lines = ["| findings | " + " | ".join(f"reading {reading}" for reading in counts.columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(counts.columns))
-    lines += [f"| {kind} | " + " | ".join(str(count) for count in row) + " |" for kind, row in counts.iterrows()]
-    lines.append("")
-    for reading in counts.columns:
-        touched = wrong.loc[wrong["reading"] == reading, ["letter", "randnummer"]].drop_duplicates()
-        letters = table.loc[table["reading"] == reading, "letter"].unique()
-        read = data.passages["letter"].isin(letters).sum()
-        lines.append(
-            f"Reading {reading} found an error of fact or citation in {len(touched)} of {read:,} passages "
-            f"({len(touched) / read:.1%})."
-        )
-    texts = len(sample) + int(data.questions["passage_id"].isin([line["passage_id"] for line in sample]).sum())
-    errors = sum(len(line["errors"]) for line in sample)
-    lines.append(
-        f"Last, a reader who had seen none of them read a random {len(sample) / len(data.passages):.0%} (seed "
-        f"{SAMPLE_SEED}, listed in `sample.jsonl`): {errors} errors of fact or answerability in {len(sample)} passages "
-        f"with their {texts - len(sample)} questions ({errors / texts:.1%} of the texts read)."
-    )
-    return "\n".join(lines)
-
-
-def draw_sample(data: CourseData) -> list[str]:
-    """The ids of a random 10 % of the passages, the same each time, in the order of the file."""
-    drawn = data.passages["passage_id"].sample(frac=0.1, random_state=SAMPLE_SEED)
-    return [str(passage_id) for passage_id in drawn.sort_index()]
-
-
-def _histogram(tokens: Sequence[int], bins: int = 12) -> list[str]:
-    counts, edges = np.histogram(tokens, bins)
-    marks = np.ceil(counts / counts.max() * 40).astype(int)
-    return [
-        f"{round(low):>4}-{round(high):<4} {'#' * mark} {count}"
-        for low, high, mark, count in zip(edges[:-1], edges[1:], marks, counts, strict=True)
-    ]
 
 
 def _five_grams(text: str) -> set[tuple[str, ...]]:

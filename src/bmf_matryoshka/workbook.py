@@ -252,9 +252,21 @@ def publish(run_dir: Path, root: Path) -> None:
 
 def with_results(readme: str, figures: Path) -> str:
     """The README with the block of results that belongs to the figures."""
-    table = summary(figures / "results.json")
-    block = f"<!-- results -->\n```\n{table}\n```\n<!-- /results -->"
-    return re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, readme, flags=re.DOTALL)
+    return fill(readme, "results", f"```\n{summary(figures / 'results.json')}\n```")
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with what stands between `<!-- name -->` and `<!-- /name -->` replaced by the content.
+
+    Raises:
+        InputError: the text has no such block.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise InputError(f"no block {begin} … {end} to fill")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def _without_run(notebook: NotebookNode) -> NotebookNode:

@@ -1,4 +1,5 @@
-# make course: the whole course on this machine; make test: every check; make lab: open the notebooks.
+# make course: the whole course on this machine; make test: every check; make lab: open the
+# notebooks; make bench: compare every way to search, after make course.
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: course test lab publish
+.PHONY: course test lab bench publish
 
 course: $(VENV)/installed
 	$(BIN)/python -m bmf_matryoshka run
@@ -19,6 +20,9 @@ test: $(VENV)/installed
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab notebooks
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bmf_matryoshka bench
 
 publish: $(VENV)/installed
 	$(BIN)/python -m bmf_matryoshka publish

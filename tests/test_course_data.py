@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from bmf_matryoshka import base_models, course_data
+from bmf_matryoshka import base_models, course_data, pairs
 from bmf_matryoshka.errors import InputError
 
 from .conftest import ROOT
@@ -135,3 +135,12 @@ def test_neighbours_count_within_a_letter_only() -> None:
     assert course_data.share_alike(
         frame([text, text + " acht neun zehn", "ganz anderer Wortlaut in diesem Absatz"])
     ) == (pytest.approx(1 / 3))
+
+
+def test_the_general_control_is_large_enough_and_holds_no_tax_law() -> None:
+    table, _ = pairs.read_file(ROOT / "data" / "general.jsonl")
+    assert table["passage_id"].nunique() >= 150
+    assert table["question_id"].nunique() == len(table) >= 300
+    texts = table["anchor"] + " " + table["positive"]
+    assert not texts.str.contains(r"[Ss]teuerrecht|Finanzamt|Freibetrag|EStG|UStG|§").any()
+    assert course_data.similar_questions(table.rename(columns={"anchor": "text"})) == []

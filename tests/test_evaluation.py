@@ -33,7 +33,8 @@ def test_every_key_equals_the_stock_evaluators(
     )
     theirs = stock(model)
     ours = evaluation.MatryoshkaEvaluator(task, DIMS)(model)
-    assert set(theirs) - {"sequential_score"} == set(ours) - {"mean_cosine_ndcg@10"}
+    more = {"mean_cosine_ndcg@10", *(f"dim_{dim}_cosine_recall@100" for dim in DIMS)}
+    assert set(theirs) - {"sequential_score"} == set(ours) - more
     for key in ours.keys() & theirs.keys():
         assert ours[key] == pytest.approx(theirs[key], abs=1e-6), key
     mean = np.mean([ours[f"dim_{dim}_cosine_ndcg@10"] for dim in DIMS])
@@ -81,6 +82,72 @@ def test_duplicates_spoil_the_card_protocol_but_not_the_passage_protocol() -> No
         accuracy[protocol] = scores["accuracy@1"].mean()
     assert accuracy["passage"] == 1
     assert accuracy["card"] < 0.3
+
+
+def copies_task(ties: evaluation.Ties) -> tuple[evaluation.Task, "np.ndarray[Any, Any]"]:
+    """A perfect model on ten passages that stand three times each, under the card's protocol."""
+    table = pairs.from_texts([f"Frage {n}" for n in range(30)], [f"Absatz {n % 10}" for n in range(30)])
+    parts = pairs.split(table, "question", (0.5, 0.0, 0.5))
+    task = evaluation.build_task(parts, "test", "card", ties=ties)
+    vectors = {f"Absatz {n}": np.eye(10, dtype=np.float32)[n] for n in range(10)}
+    return task, np.stack([vectors[text] for text in task.corpus.values()])
+
+
+def test_ties_between_copies_stand_in_the_asked_order() -> None:
+    accuracy = {}
+    for ties in ("order", "random", "worst"):
+        task, corpus = copies_task(ties)
+        rows = [int(next(iter(answers))) for answers in task.relevant.values()]
+        frame = evaluation.score(corpus[rows], corpus, task, [10])
+        twins = [
+            [n for n, text in enumerate(task.corpus.values()) if text == list(task.corpus.values())[row]]
+            for row in rows
+        ]
+        if ties == "order":
+            assert frame["rank"].tolist() == [group.index(row) + 1 for group, row in zip(twins, rows, strict=True)]
+        if ties == "worst":
+            assert frame["rank"].tolist() == [3] * len(rows)
+        assert frame["rank"].between(1, 3).all()
+        accuracy[ties] = frame["accuracy@1"].mean()
+    assert accuracy["worst"] == 0
+    assert 0 < accuracy["random"] < 1
+
+
+def test_the_text_protocol_accepts_every_copy(model: SentenceTransformer) -> None:
+    table = pairs.from_texts([f"Frage {n}" for n in range(30)], [f"Absatz {n // 3}" for n in range(30)])
+    parts = pairs.split(table, "question", (0.8, 0.0, 0.2))
+    task = evaluation.build_task(parts, "test", "text")
+    assert len(task.corpus) == 30
+    for key, answers in task.relevant.items():
+        assert len(answers) == 3
+        own = table.loc[table["anchor"] == task.queries[key], "positive"].item()
+        assert {task.corpus[row] for row in answers} == {own}
+    tasks = {str(name): evaluation.build_task(parts, "test", name) for name in evaluation.PROTOCOLS}
+    results = evaluation.evaluate_tasks(model, tasks, (384, 64))
+    assert list(results) == ["passage", "text", "card"]
+    top = {name: result.values(384, "accuracy@1").mean() for name, result in results.items()}
+    assert top["text"] == top["passage"] >= top["card"]
+    for name, result in results.items():
+        alone = evaluation.evaluate(model, tasks[name], (384, 64))
+        np.testing.assert_allclose(alone.values(64, "map@100"), result.values(64, "map@100"), atol=1e-6)
+
+
+def test_questions_are_grouped_by_what_is_known_about_them(small: DatasetDict) -> None:
+    labels = evaluation.labels(small, "test")
+    assert labels.index.tolist() == small["test"]["question_id"][:]
+    assert set(labels["overlap"]) == {"low", "middle", "high"}
+    asked = small["test"].to_pandas().set_index("question_id")
+    lengths = asked["positive"].str.split().str.len().groupby(labels["passage_length"], observed=True)
+    assert lengths.max()["low"] <= lengths.min()["high"]
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"question_id": labels.index, "dim": 8, "ndcg@10": rng.random(len(labels))})
+    sliced = evaluation.Results(frame, {}).sliced(labels["style"], 8)
+    for style, row in sliced.iterrows():
+        chosen = frame.loc[(labels["style"] == style).to_numpy(), "ndcg@10"]
+        assert row["questions"] == len(chosen)
+        assert row["value"] == pytest.approx(chosen.mean())
+        assert row["low"] <= row["value"] <= row["high"]
+    assert sliced["questions"].sum() == len(labels)
 
 
 def test_own_corpus_holds_the_passages_of_the_split_only(small: DatasetDict) -> None:

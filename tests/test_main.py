@@ -59,6 +59,33 @@ def test_train_then_evaluate_on_ones_own_pairs(
     card, passage = (results["dims"]["384"]["accuracy@1"]["value"] for results in (everything, test))
     assert card < passage  # copies of a passage count as errors
 
+    cache = tmp_path / "cache"
+    assert run(*arguments, "--protocol", "passage", "text", "card", "--ties", "worst", "--cache", cache) == 0
+    shown = capsys.readouterr().out
+    several = json.loads(report.read_text())
+    assert list(several) == ["passage", "text", "card"]
+    assert all(f"protocol {name}" in shown for name in several)
+    assert several["passage"]["dims"]["64"]["ndcg@10"] == test["dims"]["64"]["ndcg@10"]
+    first = {name: results["dims"]["384"]["accuracy@1"]["value"] for name, results in several.items()}
+    assert first["card"] < first["text"] == first["passage"]
+    assert len(list(cache.glob("*.npz"))) == 2
+
+
+def test_bench_compares_every_way_to_search_of_a_run(
+    base: Path, course: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("bench", "--run-dir", tmp_path) == 2
+    assert "lacks pairs, base_model, plain_model, model: run the chapters up to 04 first" in capsys.readouterr().err
+    pairs.save(pairs.split(pairs.take_passages(course, 50)), tmp_path / "pairs")
+    for name in ("base_model", "plain_model", "model"):
+        (tmp_path / name).symlink_to(base)
+    assert run("bench", "--run-dir", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "| BM25 | - |" in shown
+    assert "| fine-tuned without Matryoshka, cut | 32 |" in shown
+    rows = json.loads((tmp_path / "results" / "bench.json").read_text())
+    assert {row["system"] for row in rows} == {"bm25", "untuned", "random_projection", "pca", "plain", "fine_tuned"}
+
 
 def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])

@@ -1,8 +1,10 @@
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
+import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -23,9 +25,11 @@ def stock(hits: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]", relevant: lis
         hidden = [f"{row} {hits.shape[1] + number}" for number in range(relevant[int(row)] - len(own))]
         wanted[row] = own | set(hidden)
         results.append([{"corpus_id": f"{row} {rank}", "score": -float(rank)} for rank in range(hits.shape[1])])
-    evaluator = InformationRetrievalEvaluator(queries, corpus, wanted)
+    evaluator = InformationRetrievalEvaluator(queries, corpus, wanted, precision_recall_at_k=[1, 3, 5, 10, 100])
     scores = evaluator.compute_metrics(results)
-    return {f"{name.split('@')[0]}@{k}": float(v) for name, values in scores.items() for k, v in values.items()}
+    values = {f"{name.split('@')[0]}@{k}": float(v) for name, values in scores.items() for k, v in values.items()}
+    del values["precision@100"]
+    return values
 
 
 @settings(deadline=None)
@@ -49,6 +53,7 @@ def test_known_values() -> None:
     assert values["accuracy@5"].tolist() == [1, 1, 0]
     assert values["precision@5"].tolist() == [0.2, 0.2, 0]
     assert values["recall@5"].tolist() == [1, 0.5, 0]
+    assert values["recall@100"].tolist() == [1, 0.5, 0]
     assert values["mrr@10"].tolist() == [1, 0.25, 0]
     assert values["map@100"].tolist() == [1, 0.125, 0]
     assert values["ndcg@10"][1] == pytest.approx(1 / math.log2(5) / (1 + 1 / math.log2(3)))
@@ -105,3 +110,40 @@ def test_an_interval_of_equal_values_is_a_point_and_of_none_is_refused() -> None
     assert metrics.mean_interval([0.5, 0.5]) == metrics.Interval(0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="no values"):
         metrics.mean_interval([])
+
+
+def test_every_measure_equals_trec_eval() -> None:
+    rng = np.random.default_rng(0)
+    hits = rng.random((40, 100)) < 0.05
+    relevant = hits.sum(axis=1) + rng.integers(1, 4, 40)
+    ours = metrics.per_query(hits, relevant)
+    qrels = {
+        str(row): {
+            **{f"d{rank}": 1 for rank in np.flatnonzero(hits[row])},
+            **{f"unseen{number}": 1 for number in range(relevant[row] - hits[row].sum())},
+        }
+        for row in range(40)
+    }
+    run = {str(row): {f"d{rank}": float(-rank) for rank in range(100)} for row in range(40)}
+    top = {row: {doc: score for doc, score in docs.items() if score > -10} for row, docs in run.items()}
+    names = {"ndcg_cut_10": "ndcg@10", "map_cut_100": "map@100"}
+    names |= {f"recall_{k}": f"recall@{k}" for k in (1, 3, 5, 10, 100)} | {
+        f"P_{k}": f"precision@{k}" for k in metrics.AT
+    }
+    wanted = {"ndcg_cut.10", "map_cut.100", "recall.1,3,5,10,100", "P.1,3,5,10"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, wanted).evaluate(run)
+    reciprocal = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(top)
+    for row in range(40):
+        for trec, own in names.items():
+            assert ours[own][row] == pytest.approx(theirs[str(row)][trec], abs=1e-6), own
+        assert ours["mrr@10"][row] == pytest.approx(reciprocal[str(row)]["recip_rank"], abs=1e-6)
+
+
+def test_the_permutation_test_agrees_with_all_sign_flips() -> None:
+    differences = np.array([0.3, -0.1, 0.2, 0.25, 0.05, -0.02, 0.4, 0.1])
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    means = (signs * differences).mean(axis=1)
+    exact = np.mean(np.abs(means) >= abs(differences.mean()) - 1e-12)
+    assert metrics.permutation_p(differences) == pytest.approx(exact, abs=0.01)
+    assert metrics.permutation_p([0.0, 0.0]) == 1.0
+    assert metrics.permutation_p(np.full(200, 0.1)) < 0.001

@@ -67,10 +67,16 @@ def test_the_chapters_really_measured(smoke_run: Path) -> None:
     assert second["passages"] == 60
     assert 0.6 < third["ndcg@10"]["384"] < 0.95
     assert third["ndcg@10"]["32"] < third["ndcg@10"]["384"] - 0.1
+    by_protocol = third["accuracy@1_by_protocol"]
+    assert by_protocol["card, worst"] < by_protocol["card, order"] < by_protocol["text"]
+    assert by_protocol["card, random"] < by_protocol["passage"] == by_protocol["text"]
+    assert 0.3 < third["bm25"] < 0.95
     assert fourth["by_hand"] == pytest.approx(fourth["library_loss"], abs=1e-3)
     assert fourth["last_loss"] < fourth["first_loss"]
     assert fifth["untuned"] == pytest.approx(third["ndcg@10"])
     assert fifth["fine_tuned"]["32"] > fifth["untuned"]["32"] + 0.03
+    assert fifth["plain"]["384"] > fifth["plain"]["32"] + 0.1
+    assert abs(fifth["forgotten"]["384"]) < 0.3
 
 
 def test_solved_or_not_a_learner_gets_the_same_results(smoke_run: Path, exercise_run: Path) -> None:
@@ -86,10 +92,16 @@ def test_results_json_holds_every_number_of_the_figures(smoke_run: Path) -> None
             interval = results.interval(dim)
             assert everything[name]["dims"][str(dim)]["ndcg@10"] == vars(interval)
             assert interval.low < interval.value < interval.high
+    for row in everything["comparison"]:
+        if row["slice"] == "all":
+            shown = Results.load(smoke_run / "results" / row["system"]).interval(row["dim"])
+            assert (row["value"], row["low"], row["high"]) == (shown.value, shown.low, shown.high)
+    assert len({row["system"] for row in everything["comparison"]}) == 6
     run = TrainingRun.load(smoke_run / "model" / "training.json")
+    assert len(run.evaluations) == 2
     assert everything["training"]["history"] == run.history
     assert math.isfinite(run.losses["loss"].sum())
-    for figure in ("similarities", "lengths", "baseline", "loss", "ndcg_by_dim"):
+    for figure in ("similarities", "lengths", "baseline", "loss", "ndcg_by_dim", "ablation"):
         assert (smoke_run / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (smoke_run / "figures" / f"{figure}.svg").read_bytes()
 
@@ -122,6 +134,17 @@ def test_the_readme_shows_the_numbers_of_results_json() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- results -->" in readme
     assert workbook.with_results(readme, ROOT / "figures") == readme, "run python -m bmf_matryoshka publish"
+    datasheet = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    assert workbook.with_difficulty(datasheet, ROOT / "figures") == datasheet, "run python -m bmf_matryoshka publish"
+
+
+def test_the_published_run_tells_ways_to_search_apart() -> None:
+    rows = json.loads((ROOT / "figures" / "results.json").read_text(encoding="utf-8"))["comparison"]
+    value = {(row["system"], row["dim"], row["slice"]): row["value"] for row in rows}
+    assert 0.45 < value["untuned", 384, "all"] < 0.85
+    assert value["bm25", 0, "fachlich"] > value["bm25", 0, "alltag"] + 0.1
+    assert value["fine_tuned", 32, "all"] > value["plain", 32, "all"] + 0.05
+    assert all(row["high"] - row["low"] < 0.08 for row in rows if row["slice"] == "all")
 
 
 def test_the_committed_solutions_are_those_of_the_laptop_run() -> None:

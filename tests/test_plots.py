@@ -24,6 +24,15 @@ def test_the_curve_shows_the_values_and_the_band_the_interval() -> None:
     assert "ndcg@10" in axes.get_ylabel()
 
 
+def test_what_has_no_dimension_is_a_level_line_in_the_legend() -> None:
+    curve = {64: Interval(0.5, 0.4, 0.6), 384: Interval(0.8, 0.7, 0.9)}
+    axes = plots.metric_by_dim({"a": curve}, Figure().subplots(), levels={"BM25": Interval(0.3, 0.2, 0.4)})
+    assert axes.get_lines()[1].get_ydata() == [0.3, 0.3]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "BM25"]
+
+
 def test_the_loss_curve_starts_at_zero() -> None:
     axes = plots.loss_curve(pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0]}), Figure().subplots())
     assert axes.get_lines()[0].get_ydata().tolist() == [3.0, 2.0]  # type: ignore[union-attr]

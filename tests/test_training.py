@@ -97,8 +97,9 @@ def test_training_learns_keeps_the_best_checkpoint_and_restores_the_model(
     fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = dict(base_models.transformer(fresh).named_parameters())
-    names = ("embeddings.word_embeddings.weight", "encoder.layer.3.output.dense.weight")
-    table, layer = (weights[name].detach().clone() for name in names)
+    names = [f"encoder.layer.{number}.output.dense.weight" for number in (5, 6)]
+    names += ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight"]
+    before = [weights[name].detach().clone() for name in names]
     dropout = [module.p for module in fresh.modules() if isinstance(module, torch.nn.Dropout)]
 
     fresh.max_seq_length = 32
@@ -108,9 +109,9 @@ def test_training_learns_keeps_the_best_checkpoint_and_restores_the_model(
     assert run.info["steps"] == 4
     assert run.info["chosen_on"] == "validation"
     assert run.losses["loss"].iloc[-1] < run.losses["loss"].iloc[0]
-    assert run.evaluations["step"].tolist()[-1] == 4
-    assert torch.equal(weights[names[0]], table)
-    assert not torch.equal(weights[names[1]], layer)
+    assert run.evaluations["step"].tolist() == [2, 4]
+    kept = [torch.equal(weights[name], old) for name, old in zip(names, before, strict=True)]
+    assert kept == [True, False, True, True]  # the first six layers and the embeddings are frozen
     assert [module.p for module in fresh.modules() if isinstance(module, torch.nn.Dropout)] == dropout
     assert all(weight.requires_grad for weight in fresh.parameters())
     (tmp_path / "training.json").write_text(run.to_json(), encoding="utf-8")

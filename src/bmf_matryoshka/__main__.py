@@ -61,11 +61,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
     evaluate.add_argument("--split", choices=("test", "all"), default="test")
     evaluate.add_argument("--dims", nargs="+", type=int, metavar="D")
-    evaluate.add_argument("--protocol", choices=("passage", "card"), default="passage")
+    evaluate.add_argument(
+        "--protocol", choices=("passage", "text", "card"), nargs="+", default=["passage"], help="several: side by side"
+    )
+    evaluate.add_argument(
+        "--ties", choices=("order", "random", "worst"), default="order", help="the order of copies of one text"
+    )
+    evaluate.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings in this folder")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every measure to this file")
 
     summary = add("summary", _summary, "print the result table of a run")
     summary.add_argument("--run-dir", type=Path, default=Path("runs/laptop"))
+
+    bench = add("bench", _bench, "compare every way to search, at every dimension and in every style")
+    bench.add_argument("--run-dir", type=Path, default=Path("runs/laptop"), help="a finished run of the course")
 
     pairs = add("pairs", _pairs, "check or count the course's data")
     pairs.add_argument("action", choices=("validate", "describe"))
@@ -144,18 +153,50 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     loaded = base_models.load(arguments.model, device=hardware.device())
     width = base_models.width(loaded.model)
     dims = check_dims(dims or tuple(dim for dim in USUAL_DIMS if dim <= width), width)
-    task = evaluation.build_task(dataset, arguments.split, arguments.protocol)
+    tasks = {
+        str(protocol): evaluation.build_task(dataset, arguments.split, protocol, ties=arguments.ties)
+        for protocol in arguments.protocol
+    }
     precision = hardware.precision(loaded.model.device.type)
-    results = evaluation.evaluate(loaded.model, task, dims, precision, show_progress=True)
-    print(f"{len(task.queries)} questions, {len(task.corpus)} passages, protocol {arguments.protocol}, {precision}")
-    for dim in dims:
-        ndcg, recall = (results.interval(dim, name) for name in ("ndcg@10", "recall@10"))
-        print(f"dim {dim:>4}  ndcg@10 {ndcg}  recall@10 {recall}")
+    results = evaluation.evaluate_tasks(loaded.model, tasks, dims, precision, show_progress=True, cache=arguments.cache)
+    for protocol, result in results.items():
+        info = result.info
+        print(f"{info['queries']} questions, {info['passages']} passages, protocol {protocol}, {precision}")
+        for dim in dims:
+            ndcg, recall = (result.interval(dim, name) for name in ("ndcg@10", "recall@10"))
+            print(f"dim {dim:>4}  ndcg@10 {ndcg}  recall@10 {recall}")
     if arguments.json is not None:
-        text = json.dumps(results.summary(), indent=1, ensure_ascii=False)
+        summaries = {protocol: result.summary() for protocol, result in results.items()}
+        content = summaries if len(summaries) > 1 else summaries[arguments.protocol[0]]
         part = arguments.json.with_name(arguments.json.name + ".part")
-        part.write_text(text, encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         part.replace(arguments.json)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    folders = {"untuned": "base_model", "plain": "plain_model", "fine_tuned": "model"}
+    missing = [folder for folder in ("pairs", *folders.values()) if not (arguments.run_dir / folder).is_dir()]
+    if missing:
+        raise InputError(f"{arguments.run_dir} lacks {', '.join(missing)}: run the chapters up to 04 first")
+
+    from . import base_models, bench, evaluation, hardware, pairs
+
+    dataset = pairs.load(arguments.run_dir / "pairs")
+    task = evaluation.build_task(dataset, "test")
+    device = hardware.device()
+    models = {
+        name: base_models.load(str(arguments.run_dir / folder), device=device).model for name, folder in folders.items()
+    }
+    dims = tuple(dim for dim in USUAL_DIMS if dim <= base_models.width(models["untuned"]))
+    precision = hardware.precision(device)
+    results = bench.measure(
+        models, dataset, task, dims, precision, show_progress=True, cache=arguments.run_dir / "embeddings"
+    )
+    comparison = bench.compare(results, evaluation.labels(dataset, "test"))
+    bench.save(comparison, arguments.run_dir / "results" / "bench.json")
+    print(f"ndcg@10, 95 % intervals, {len(task.queries)} questions, {len(task.corpus)} passages, {precision}\n")
+    print(bench.as_markdown(comparison))
     return 0
 
 

@@ -1,7 +1,8 @@
 """Queries, corpus and relevance in; every measure at every dimension out, from one encoding."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,9 @@ from . import base_models, hardware, metrics, retrieval
 from .errors import InputError
 from .profiles import check_dims
 
-Protocol = Literal["passage", "card"]
+Protocol = Literal["passage", "text", "card"]
+Ties = Literal["order", "random", "worst"]
+PROTOCOLS: tuple[Protocol, ...] = ("passage", "text", "card")
 
 
 @dataclass(frozen=True)
@@ -29,52 +32,92 @@ class Task:
     corpus: dict[str, str]
     relevant: dict[str, set[str]]
     styles: dict[str, str]
+    ties: Ties = "order"
+    """Passages with equal scores stand in corpus order. Copies of one text always have equal scores; their order among
+    themselves can be changed to see how much of a result hangs on it: "random", or "worst" with relevant ones last."""
+
+    def relevant_rows(self) -> list[NDArray[np.int64]]:
+        """For each query, the positions in the corpus of what is relevant to it."""
+        position = {passage: number for number, passage in enumerate(self.corpus)}
+        return [
+            np.array([position[passage] for passage in self.relevant[question]], np.int64) for question in self.queries
+        ]
 
 
-def build_task(dataset: DatasetDict, split: str, protocol: Protocol = "passage", corpus: str = "all") -> Task:
+def build_task(
+    dataset: DatasetDict, split: str, protocol: Protocol = "passage", corpus: str = "all", ties: Ties = "order"
+) -> Task:
     """The retrieval task of one split.
 
     Protocol `passage`: the corpus holds each passage once, and every passage listed as relevant counts.
-    Protocol `card`: the corpus holds a row per pair, train rows first, and only the question's own row counts, as the
-    published card did; it exists to teach what that does to the numbers.
+    Protocols `card` and `text`: the corpus holds a row per pair, train rows first. Under `card` only the question's own
+    row counts, as the published card did; under `text` every row that holds a relevant passage counts. They exist to
+    teach what that does to the numbers.
 
     Args:
         dataset: what `pairs.split` returned.
         split: whose questions are asked; "all" for every split's.
         protocol: see above.
         corpus: "all" searches the passages of every split, "own" only those of the asked one.
+        ties: see `Task`.
 
     Raises:
         InputError: there is no such split or protocol.
     """
     if split != "all" and split not in dataset:
         raise InputError(f"no split {split!r}: choose all or one of {', '.join(dataset)}")
+    if protocol not in PROTOCOLS:
+        raise InputError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     frames = {name: part.to_pandas() for name, part in dataset.items()}
     everything = pd.concat([frames[name] for name in sorted(frames, key=lambda name: name != "train")])
     asked = everything if split == "all" else frames[split]
     searched = asked if corpus == "own" else everything
-    if protocol == "card":
-        row_ids = dict(zip(searched["question_id"] + " " + searched["passage_id"], range(len(searched)), strict=True))
-        keys = asked["question_id"] + " " + asked["passage_id"]
-        return Task(
-            queries=dict(zip(keys, asked["anchor"], strict=True)),
-            # Numbered with leading zeros, so that the order of the ids is the order of the rows.
-            corpus={f"{row:07d}": text for row, text in enumerate(searched["positive"])},
-            relevant={key: {f"{row_ids[key]:07d}"} for key in keys},
-            styles=dict(zip(keys, asked["style"], strict=True)),
+    # A question may stand in several pairs of a foreign file: with its passage it is unique.
+    keys = asked["question_id"] if protocol == "passage" else asked["question_id"] + " " + asked["passage_id"]
+    if protocol == "passage":
+        texts = dict(sorted(zip(searched["passage_id"], searched["positive"], strict=True)))
+        rows = {passage: {passage} for passage in texts}
+        answers = asked["relevant"]
+    else:
+        # Numbered with leading zeros, so that the order of the ids is the order of the rows.
+        texts = {f"{row:07d}": text for row, text in enumerate(searched["positive"])}
+        owners = (
+            searched["passage_id"] if protocol == "text" else searched["question_id"] + " " + searched["passage_id"]
         )
-    if protocol != "passage":
-        raise InputError(f"unknown protocol {protocol!r}: choose passage or card")
-    passages = dict(sorted(zip(searched["passage_id"], searched["positive"], strict=True)))
+        rows = {owner: set(group) for owner, group in pd.Series(list(texts), index=owners.array).groupby(level=0)}
+        answers = asked["relevant"] if protocol == "text" else keys.map(lambda key: [key])
     return Task(
-        queries=dict(zip(asked["question_id"], asked["anchor"], strict=True)),
-        corpus=passages,
+        queries=dict(zip(keys, asked["anchor"], strict=True)),
+        corpus=texts,
         relevant={
-            question: {passage for passage in relevant if passage in passages}
-            for question, relevant in zip(asked["question_id"], asked["relevant"], strict=True)
+            key: set().union(*(rows.get(answer, set()) for answer in several))
+            for key, several in zip(keys, answers, strict=True)
         },
-        styles=dict(zip(asked["question_id"], asked["style"], strict=True)),
+        styles=dict(zip(keys, asked["style"], strict=True)),
+        ties=ties,
     )
+
+
+def labels(dataset: DatasetDict, split: str) -> pd.DataFrame:
+    """What questions can be grouped by: a row per question, indexed by question_id.
+
+    Columns: style, letter, passage_length (words of its own passage, in thirds) and overlap (the share of the
+    question's words of five letters or more that its passage has too, in thirds).
+    """
+    asked = dataset[split].to_pandas()
+    words = asked[["anchor", "positive"]].map(lambda text: set(re.findall(r"\w{5,}", text.casefold())))
+    overlap = pd.Series(
+        [len(q & p) / len(q) if q else 0.0 for q, p in zip(words["anchor"], words["positive"], strict=True)]
+    )
+    thirds = ("low", "middle", "high")
+    return pd.DataFrame(
+        {
+            "style": asked["style"],
+            "letter": asked["letter"],
+            "passage_length": pd.qcut(asked["positive"].str.split().str.len().rank(method="first"), 3, thirds),
+            "overlap": pd.qcut(overlap.rank(method="first"), 3, thirds),
+        }
+    ).set_index(asked["question_id"])
 
 
 @dataclass(frozen=True)
@@ -117,6 +160,24 @@ class Results:
             raise InputError("the two results are of different queries: evaluate both on the same split and pairs")
         return metrics.mean_interval(self.values(dim, metric) - other.values(dim, metric))
 
+    def sliced(self, labels: "pd.Series[Any]", dim: int, metric: str = "ndcg@10") -> pd.DataFrame:
+        """The mean with its interval for each value of a label.
+
+        Args:
+            labels: one for each question, indexed by question_id (see `labels`).
+            dim: the dimension.
+            metric: the measure.
+
+        Returns:
+            a row per label, with the columns questions, value, low, high.
+        """
+        values = pd.Series(self.values(dim, metric), index=self._queries(dim))
+        groups = values.groupby(labels.reindex(values.index), observed=True)
+        rows = {
+            label: {"questions": len(group), **asdict(metrics.mean_interval(group.tolist()))} for label, group in groups
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis(str(labels.name))
+
     def _queries(self, dim: int) -> list[str]:
         return self.table.loc[self.table["dim"] == dim, "question_id"].tolist()
 
@@ -149,10 +210,34 @@ def evaluate(
     task: Task,
     dims: Sequence[int],
     precision: hardware.Precision = "float32",
-    batch_size: int = 32,
     show_progress: bool = False,
+    cache: Path | None = None,
 ) -> Results:
     """Measure a model on a task at every dimension; queries and corpus are encoded once.
+
+    Raises:
+        InputError: the dims do not fit the model.
+    """
+    return evaluate_tasks(model, {"": task}, dims, precision, show_progress, cache)[""]
+
+
+def evaluate_tasks(
+    model: SentenceTransformer,
+    tasks: Mapping[str, Task],
+    dims: Sequence[int],
+    precision: hardware.Precision = "float32",
+    show_progress: bool = False,
+    cache: Path | None = None,
+) -> dict[str, Results]:
+    """Measure a model on several tasks, for example one split under several protocols; each text is encoded once.
+
+    Args:
+        model: what to measure.
+        tasks: on what, by name.
+        dims: at which dimensions, descending.
+        precision: to encode in.
+        show_progress: show bars.
+        cache: see `retrieval.encode`.
 
     Raises:
         InputError: the dims do not fit the model.
@@ -160,44 +245,105 @@ def evaluate(
     width = base_models.width(model)
     check_dims(tuple(dims), width)
 
-    def embed(texts: dict[str, str], kind: Literal["query", "passage"]) -> retrieval.Embeddings:
-        return retrieval.encode(model, list(texts.values()), kind, precision, batch_size, show_progress)
+    def embed(kind: retrieval.Kind, texts: Iterable[str]) -> dict[str, retrieval.Embeddings]:
+        unique = list(dict.fromkeys(texts))
+        return dict(
+            zip(
+                unique,
+                retrieval.encode(model, unique, kind, precision, None, show_progress, cache),
+                strict=True,
+            )
+        )
 
-    table = score(embed(task.queries, "query"), embed(task.corpus, "passage"), task, dims)
-    info = {
-        "queries": len(task.queries),
-        "passages": len(task.corpus),
-        "precision": precision,
-        "max_seq_length": model.max_seq_length,
-        "width": width,
-    }
-    return Results(table, info)
+    queries = embed("query", (text for task in tasks.values() for text in task.queries.values()))
+    passages = embed("passage", (text for task in tasks.values() for text in task.corpus.values()))
+    results = {}
+    for name, task in tasks.items():
+        rows = [
+            np.stack([known[text] for text in texts.values()])
+            for known, texts in ((queries, task.queries), (passages, task.corpus))
+        ]
+        info = {
+            "queries": len(task.queries),
+            "passages": len(task.corpus),
+            "precision": precision,
+            "max_seq_length": model.max_seq_length,
+            "width": width,
+            "ties": task.ties,
+        }
+        results[name] = Results(score(rows[0], rows[1], task, dims), info)
+    return results
 
 
 def score(queries: retrieval.Embeddings, corpus: retrieval.Embeddings, task: Task, dims: Sequence[int]) -> pd.DataFrame:
-    """The table of `Results` for embeddings in the order of the task's queries and corpus."""
-    position = {passage: number for number, passage in enumerate(task.corpus)}
-    relevance = np.zeros((len(task.queries), len(task.corpus)), bool)
-    for row, question in enumerate(task.queries):
-        relevance[row, [position[passage] for passage in task.relevant[question]]] = True
-    passage_ids = list(task.corpus)
-    frames = []
+    """The table of `Results` for embeddings in the order of the task's queries and corpus.
+
+    Args:
+        queries: shape (queries, width).
+        corpus: shape (passages, width).
+        task: the texts they belong to.
+        dims: where to cut.
+    """
+    copies = _Copies(task)
+    unique = corpus if copies.none else corpus[copies.firsts]
+    tables = []
     for dim in dims:
-        found, _ = retrieval.search(retrieval.truncate(queries, dim), retrieval.truncate(corpus, dim), metrics.CUTOFF)
-        hits = np.take_along_axis(relevance, found, axis=1)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "question_id": list(task.queries),
-                    "style": list(task.styles.values()),
-                    "dim": dim,
-                    "top": [passage_ids[best] for best in found[:, 0]],
-                    "rank": metrics.first_rank(hits),
-                    **metrics.per_query(hits, relevance.sum(axis=1)),
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
+        found, _ = retrieval.search(queries, unique, metrics.CUTOFF, dim)
+        tables.append(per_query_table(task, dim, copies.expand(found)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def per_query_table(task: Task, dim: int, found: NDArray[np.int64]) -> pd.DataFrame:
+    """A row per query: the measures of any ranking, made with or without vectors.
+
+    Args:
+        task: what was searched.
+        dim: its dimension; 0 for a method without vectors.
+        found: shape (queries, ranks): positions in the corpus, best first; -1 where nothing was found.
+    """
+    relevant = task.relevant_rows()
+    # One number for each (query, row of the corpus), so that no table of queries x corpus is needed.
+    corpus = len(task.corpus)
+    wanted = np.concatenate([query * corpus + rows for query, rows in enumerate(relevant)])
+    hits = np.isin(np.arange(len(found))[:, None] * corpus + found, wanted) & (found >= 0)
+    ids = np.array([*task.corpus, ""], object)  # -1 takes the last
+    return pd.DataFrame(
+        {
+            "question_id": list(task.queries),
+            "style": list(task.styles.values()),
+            "dim": dim,
+            "top": ids[found[:, 0]],
+            "rank": metrics.first_rank(hits),
+            **metrics.per_query(hits, np.array([len(rows) for rows in relevant])),
+        }
+    )
+
+
+class _Copies:
+    """The rows of a corpus that hold the same text: each text is searched once, then its rows are put back."""
+
+    def __init__(self, task: Task):
+        texts = list(task.corpus.values())
+        numbers: dict[str, int] = {}
+        text_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+        self.task = task
+        self.none = len(numbers) == len(texts)
+        self.firsts = np.unique(text_of, return_index=True)[1]
+        rows = np.arange(len(texts)) if task.ties != "random" else np.random.default_rng(0).permutation(len(texts))
+        order = rows[np.argsort(text_of[rows], kind="stable")]
+        self.rows = np.split(order, np.bincount(text_of).cumsum()[:-1])
+
+    def expand(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rankings of texts as rankings of rows."""
+        if self.none:
+            return found
+        rankings = []
+        for texts, relevant in zip(found, self.task.relevant_rows(), strict=True):
+            groups = [self.rows[text] for text in texts]
+            if self.task.ties == "worst":
+                groups = [group[np.argsort(np.isin(group, relevant), kind="stable")] for group in groups]
+            rankings.append(np.concatenate(groups)[: metrics.CUTOFF])
+        return np.stack(rankings)
 
 
 class MatryoshkaEvaluator(BaseEvaluator):
@@ -207,11 +353,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
     `mean_cosine_ndcg@10`, the mean over the dimensions, as the primary metric.
     """
 
-    def __init__(
-        self, task: Task, dims: Sequence[int], precision: hardware.Precision = "float32", batch_size: int = 32
-    ):
+    def __init__(self, task: Task, dims: Sequence[int], precision: hardware.Precision = "float32"):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.task, self.dims, self.precision, self.batch_size = task, tuple(dims), precision, batch_size
+        self.task, self.dims, self.precision = task, tuple(dims), precision
         self.primary_metric = "mean_cosine_ndcg@10"
 
     def __call__(
@@ -223,7 +367,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
     ) -> dict[str, float]:
         """Evaluate; nothing is written to `output_path`."""
         assert isinstance(model, SentenceTransformer)
-        results = evaluate(model, self.task, self.dims, self.precision, self.batch_size)
+        results = evaluate(model, self.task, self.dims, self.precision)
         values = {
             f"dim_{dim}_cosine_{name}": float(results.values(dim, name).mean())
             for dim in self.dims

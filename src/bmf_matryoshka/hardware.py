@@ -33,3 +33,12 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
     if precision == "float32":
         return torch.autocast(kind, enabled=False)
     return torch.autocast(kind, getattr(torch, precision))
+
+
+def token_budget(device: str) -> int:
+    """Tokens a batch when encoding: few enough for a processor's caches, many enough to fill a GPU.
+
+    On two cores with AVX-512, 2,048 was the fastest of 1,024 to 32,768 by up to a factor of two; the GPU's value is a
+    guess that fits 16 GB, not measured by us.
+    """
+    return 2_048 if device == "cpu" else 32_768

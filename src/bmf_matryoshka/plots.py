@@ -39,13 +39,19 @@ def use_style() -> None:
     mpl.rcParams.update(STYLE)
 
 
-def metric_by_dim(curves: Mapping[str, Mapping[int, Interval]], ax: Axes, metric: str = "ndcg@10") -> Axes:
+def metric_by_dim(
+    curves: Mapping[str, Mapping[int, Interval]],
+    ax: Axes,
+    metric: str = "ndcg@10",
+    levels: Mapping[str, Interval] | None = None,
+) -> Axes:
     """Draw a metric against the dimension, a line with a 95 % band for each named curve.
 
     Args:
         curves: name -> dim -> interval.
         ax: where to draw.
         metric: the name of the measure, for the axis.
+        levels: name -> interval of what has no dimension; drawn as thin level lines.
     """
     all_dims = sorted({dim for curve in curves.values() for dim in curve})
     for (name, curve), line in zip(curves.items(), LINES, strict=False):
@@ -53,12 +59,15 @@ def metric_by_dim(curves: Mapping[str, Mapping[int, Interval]], ax: Axes, metric
         ax.plot(dims, [curve[dim].value for dim in dims], label=name, **line)
         low, high = [curve[dim].low for dim in dims], [curve[dim].high for dim in dims]
         ax.fill_between(dims, low, high, color=line["color"], alpha=0.15, linewidth=0)
+    for name, level in (levels or {}).items():
+        ax.axhline(level.value, color="black", linewidth=0.9, label=name)
+        ax.axhspan(level.low, level.high, color="black", alpha=0.06, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.set_xticks(all_dims, [str(dim) for dim in all_dims])
     ax.minorticks_off()
     ax.set_xlabel("dimensions kept")
     ax.set_ylabel(f"{metric} (band: 95 % interval)")
-    if len(curves) > 1:
+    if len(curves) + len(levels or {}) > 1:
         ax.legend()
     return ax
 

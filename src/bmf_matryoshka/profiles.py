@@ -53,6 +53,8 @@ class Profile:
     dropout: bool = True
     attention: Literal["sdpa", "eager"] = "sdpa"
     train_token_embeddings: bool = True
+    frozen_layers: int = 0
+    """The embeddings and this many of the lowest layers keep their weights: the backward pass stops above them."""
     max_steps: int = -1
     """Stop after this many optimizer steps; -1 for no limit."""
     max_passages: int | None = None
@@ -98,13 +100,15 @@ LAPTOP = Profile(
     batch_size=32,
     gradient_accumulation_steps=1,
     epochs=1,
-    max_steps=70,
+    max_steps=110,
     learning_rate=1e-4,
     warmup=0.1,
     scale=60.0,
     batches="similar_length",
     dropout=False,
     train_token_embeddings=False,
+    frozen_layers=6,
+    attention="eager",
 )
 
 SMOKE = Profile(
@@ -122,6 +126,8 @@ SMOKE = Profile(
     batches="similar_length",
     dropout=False,
     train_token_embeddings=False,
+    frozen_layers=6,
+    attention="eager",
     max_steps=6,
     max_passages=60,
 )

@@ -132,6 +132,12 @@ def build_arguments(
     profile: Profile, work: Path, device: str, precision: hardware.Precision, seed: int, prompts: dict[str, str]
 ) -> SentenceTransformerTrainingArguments:
     """The trainer's arguments for a profile on this machine."""
+    # A run that stops within its first epoch is evaluated at half-time and at the end.
+    when: dict[str, Any] = (
+        {"eval_strategy": "epoch", "save_strategy": "epoch"}
+        if profile.max_steps < 0
+        else {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 0.5, "save_steps": 0.5}
+    )
     return SentenceTransformerTrainingArguments(
         output_dir=str(work),
         num_train_epochs=profile.epochs,
@@ -149,8 +155,7 @@ def build_arguments(
         bf16=precision == "bfloat16",
         fp16=precision == "float16",
         tf32=True if profile.tf32 and device.startswith("cuda") else None,
-        eval_strategy="epoch",
-        save_strategy="epoch",
+        **when,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_mean_cosine_ndcg@10",
@@ -262,6 +267,9 @@ def _settings(model: SentenceTransformer, profile: Profile) -> Iterator[None]:
     frozen = [weight for name, weight in transformer.named_parameters() if name.startswith("pooler.")]
     if not profile.train_token_embeddings:
         frozen += transformer.get_input_embeddings().parameters()
+    if profile.frozen_layers:
+        lowest = ("embeddings.", *(f"encoder.layer.{number}." for number in range(profile.frozen_layers)))
+        frozen += [weight for name, weight in transformer.named_parameters() if name.startswith(lowest)]
     model.max_seq_length = profile.train_seq_length or length
     transformer.set_attn_implementation(profile.attention)
     for module in dropouts:

@@ -19,6 +19,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from . import bench
 from .errors import InputError
 from .evaluation import Results
 from .metrics import Interval
@@ -239,7 +240,7 @@ def as_exercise(notebook: NotebookNode) -> NotebookNode:
 def publish(run_dir: Path, root: Path) -> None:
     """Take a run's executed notebooks, figures and numbers into the project, and derive the exercises anew.
 
-    The README's block between `<!-- results -->` and `<!-- /results -->` is written from the numbers.
+    The blocks `results` and `comparison` of README and `difficulty` of the datasheet are written from the numbers.
     """
     for path in chapters(run_dir / "notebooks"):
         _write(_without_run(nbformat.read(path, as_version=4)), root / "notebooks" / "solutions" / path.name)
@@ -248,11 +249,24 @@ def publish(run_dir: Path, root: Path) -> None:
     derive_exercises(root / "notebooks" / "solutions", root / "notebooks")
     readme = root / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8"), root / "figures"), encoding="utf-8")
+    datasheet = root / "data" / "README.md"
+    datasheet.write_text(with_difficulty(datasheet.read_text(encoding="utf-8"), root / "figures"), encoding="utf-8")
 
 
 def with_results(readme: str, figures: Path) -> str:
-    """The README with the block of results that belongs to the figures."""
-    return fill(readme, "results", f"```\n{summary(figures / 'results.json')}\n```")
+    """The README with the blocks of results that belong to the figures."""
+    readme = fill(readme, "results", f"```\n{summary(figures / 'results.json')}\n```")
+    return fill(readme, "comparison", bench.as_markdown(_comparison(figures)))
+
+
+def with_difficulty(datasheet: str, figures: Path) -> str:
+    """The datasheet with the block that says how hard the questions are, in each style."""
+    return fill(datasheet, "difficulty", bench.as_markdown(_comparison(figures, ("bm25", "untuned", "fine_tuned"))))
+
+
+def _comparison(figures: Path, systems: Iterable[str] = tuple(bench.NAMES)) -> list[dict[str, Any]]:
+    everything = json.loads((figures / "results.json").read_text(encoding="utf-8"))
+    return [row for row in everything["comparison"] if row["system"] in systems]
 
 
 def fill(text: str, name: str, content: str) -> str:

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from bmf_matryoshka import base_models, pairs
+from bmf_matryoshka import base_models, pairs, training
 from bmf_matryoshka.__main__ import main
 
 from .conftest import ROOT
@@ -85,6 +89,34 @@ def test_bench_compares_every_way_to_search_of_a_run(
     assert "| fine-tuned without Matryoshka, cut | 32 |" in shown
     rows = json.loads((tmp_path / "results" / "bench.json").read_text())
     assert {row["system"] for row in rows} == {"bm25", "untuned", "random_projection", "pca", "plain", "fine_tuned"}
+
+
+def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(
+    base: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["train", "--pairs", foreign, "--profile", "smoke", "--base-model", base]
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    command = [sys.executable, "-m", "bmf_matryoshka", *map(str, options), "--out", str(broken)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        work = tmp_path / ".broken-checkpoints"
+        while training.last_checkpoint(work) is None and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    assert not broken.exists()
+    (work / "checkpoint-9").mkdir()  # begun, but not whole: it must not be used
+    assert run(*options, "--out", broken) == 2
+    assert "holds an interrupted run: add --resume" in capsys.readouterr().err
+    assert run(*options, "--out", broken, "--resume", "--seed", 7) == 2
+    assert "holds a run with other settings or pairs" in capsys.readouterr().err
+    assert run(*options, "--out", broken, "--resume") == 0
+    assert not work.exists()
+    assert run(*options, "--out", unbroken) == 0
+    runs = [training.TrainingRun.load(folder / "training.json") for folder in (broken, unbroken)]
+    assert [one.info["steps"] for one in runs] == [6, 6]
+    assert runs[0].evaluations["step"].tolist() == [3, 6]
+    keys = ["eval_dim_384_cosine_ndcg@10", "eval_dim_32_cosine_ndcg@10", "eval_mean_cosine_ndcg@10"]
+    measured = [one.evaluations[keys].to_numpy() for one in runs]
+    np.testing.assert_allclose(measured[0], measured[1], atol=0.002)
 
 
 def run(*arguments: object) -> int:

@@ -150,6 +150,27 @@ def test_dims_that_do_not_fit_are_refused_before_training(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_loss_that_is_no_number_stops_the_run(fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path) -> None:
+    with torch.no_grad():
+        dict(fresh.named_parameters())["0.model.encoder.layer.11.output.dense.weight"].fill_(torch.nan)
+    with pytest.raises(
+        training.LossError, match=r"the loss is nan at step 1 \(learning rate .*, precision .*lower the"
+    ):
+        training.train(fresh, small, replace(SMOKE, max_steps=2, batch_size=4), tmp_path)
+
+
+def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
+    assert training.last_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in training.CHECKPOINT_FILES:
+            (folder / name).touch()
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 def test_a_missing_log_names_the_chapter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run chapter 04 first"):
         training.TrainingRun.load(tmp_path / "training.json")

@@ -2,10 +2,10 @@
 
 import argparse
 import json
+import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dims", nargs="+", type=int, metavar="D", help="descending, for example 384 128 32")
     train.add_argument("--full-dimension", action="store_true", help="add the base model's full width to the dims")
     train.add_argument("--seed", type=int, default=42)
+    train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same command")
 
     evaluate = add("evaluate", _evaluate, "measure a model on your own pairs at every dimension")
     evaluate.add_argument("--model", required=True, metavar="M", help="a folder or a hub id")
@@ -125,7 +126,15 @@ def _train(arguments: argparse.Namespace) -> int:
         profile = replace(profile, full_dimension=True)
     if arguments.out.exists():
         raise InputError(f"--out {arguments.out} exists: name a new folder or remove it")
+    # Beside the output, so that it is on the same disk; it stays when the run is interrupted.
+    work = arguments.out.parent / f".{arguments.out.name}-checkpoints"
+    if any(work.glob("checkpoint-*")) and not arguments.resume:
+        raise InputError(f"{work} holds an interrupted run: add --resume to go on with it, or remove the folder")
     dataset = _read(arguments.pairs, profile)
+    settings = json.dumps([asdict(profile), arguments.seed, arguments.base_model, dataset["train"]["question_id"][:]])
+    saved = work / "settings.json"
+    if arguments.resume and saved.is_file() and saved.read_text(encoding="utf-8") != settings:
+        raise InputError(f"{work} holds a run with other settings or pairs: repeat its command, or remove the folder")
 
     from . import base_models, hardware, training
 
@@ -134,10 +143,15 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     profile.dims_for(base_models.width(loaded.model))
     print(f"base model: {loaded.source}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{arguments.out.name}-", dir=arguments.out.parent) as work:
-        run = training.train(loaded.model, dataset, profile, Path(work), arguments.seed)
+    work.mkdir(parents=True, exist_ok=True)
+    saved.write_text(settings, encoding="utf-8")
+    try:
+        run = training.train(loaded.model, dataset, profile, work, arguments.seed, arguments.resume)
+    except training.LossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     base_models.save(loaded.model, arguments.out, {"training.json": run.to_json()})
+    shutil.rmtree(work)
     print(f"trained {run.info['steps']} steps in {run.info['seconds']} s; the model is in {arguments.out}")
     return 0
 

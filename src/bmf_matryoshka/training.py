@@ -1,6 +1,7 @@
 """Train with MatryoshkaLoss over MultipleNegativesRankingLoss: loss, batches, arguments, trainer."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from .evaluation import MatryoshkaEvaluator, build_task
 from .profiles import Profile
 
 LOGS_PER_RUN = 50
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin")
+"""The last of these to be written is the state of the trainer."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def build_arguments(
         logging_strategy="steps",
         logging_steps=1 / LOGS_PER_RUN,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=device.startswith("cuda"),
@@ -171,7 +175,12 @@ def build_arguments(
 
 
 def train(
-    model: SentenceTransformer, dataset: DatasetDict, profile: Profile, work: Path, seed: int = 42
+    model: SentenceTransformer,
+    dataset: DatasetDict,
+    profile: Profile,
+    work: Path,
+    seed: int = 42,
+    resume: bool = False,
 ) -> TrainingRun:
     """Train the model in place; afterwards it holds the checkpoint with the best mean ndcg@10.
 
@@ -181,9 +190,11 @@ def train(
         profile: how to train.
         work: folder for checkpoints.
         seed: for batches and dropout.
+        resume: go on from the last whole checkpoint in `work`; without one, start anew.
 
     Raises:
         InputError: the profile's dims do not fit the model.
+        LossError: the loss is no longer a number.
     """
     dims = profile.dims_for(base_models.width(model))
     device = model.device.type
@@ -201,12 +212,12 @@ def train(
             train_dataset=dataset["train"].select_columns(list(profile.columns)),
             loss=build_loss(model, dims, profile.scale, profile.mini_batch_size),
             evaluator=evaluator,
-            callbacks=[_ProgressBar()],
+            callbacks=[_ProgressBar(), _LossGuard(precision)],
         )
         trainer.remove_callback(PrinterCallback)
         if profile.batches == "similar_length":
             trainer.batch_source = dataset["train"]
-        trainer.train()
+        trainer.train(resume_from_checkpoint=last_checkpoint(work) if resume else None)
     seconds = time.perf_counter() - start
     state = trainer.state
     info = {
@@ -223,6 +234,19 @@ def train(
         "seconds": round(seconds, 1),
     }
     return TrainingRun(state.log_history, info)
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint in a folder that holds everything a run needs to go on; None if there is none."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+    for folder in found:
+        if all((folder / name).is_file() for name in CHECKPOINT_FILES):
+            return str(folder)
+    return None
+
+
+class LossError(Exception):
+    """The loss became infinite or not a number."""
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -255,6 +279,22 @@ class _ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self.bar.close()
+
+
+class _LossGuard(TrainerCallback):
+    """Stops a run whose loss is no longer a number, instead of training on with ruined weights."""
+
+    def __init__(self, precision: hardware.Precision):
+        self.precision = precision
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:  # noqa: ARG002
+        loss = options["logs"].get("loss")
+        if loss is not None and not math.isfinite(loss):
+            rate = options["logs"].get("learning_rate")
+            raise LossError(
+                f"the loss is {loss} at step {state.global_step} (learning rate {rate:.1e}, precision "
+                f"{self.precision}): lower the learning rate, or train in float32"
+            )
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_the_chapters_really_measured(smoke_run: Path) -> None:
     assert 0.6 < third["ndcg@10"]["384"] < 0.95
     assert third["ndcg@10"]["32"] < third["ndcg@10"]["384"] - 0.1
     by_protocol = third["accuracy@1_by_protocol"]
-    assert by_protocol["card, worst"] < by_protocol["card, order"] < by_protocol["text"]
+    assert by_protocol["card, worst"] <= by_protocol["card, order"] < by_protocol["text"]
     assert by_protocol["card, random"] < by_protocol["passage"] == by_protocol["text"]
     assert 0.3 < third["bm25"] < 0.95
     assert fourth["by_hand"] == pytest.approx(fourth["library_loss"], abs=1e-3)

@@ -1,5 +1,8 @@
 """What several tests share: the small real model, the course's data, one executed smoke run."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -7,7 +10,7 @@ import pytest
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 
-from bmf_matryoshka import base_models, course_data, pairs, workbook
+from bmf_matryoshka import base_models, course_data, pairs
 from bmf_matryoshka.profiles import E5_SMALL, SMOKE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,18 +34,33 @@ def small(course: pd.DataFrame) -> DatasetDict:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder after all solutions ran under the profile smoke."""
-    return _run(ROOT / "notebooks" / "solutions", tmp_path_factory.mktemp("solutions"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folders of the solutions and of the unsolved exercises under the profile smoke, run side by side."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("solutions", "exercises")}
+    started = []
+    for name, folder in folders.items():
+        command = [sys.executable, "-m", "bmf_matryoshka", "run", "--profile", "smoke", "-p", f"run_dir={folder}"]
+        command += ["--exercises"] if name == "exercises" else []
+        # One thread each: two runs with two threads on two cores would only wait for each other.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    for process in started:
+        shown, _ = process.communicate()
+        assert process.returncode == 0, shown[-5000:]
+    return folders
 
 
 @pytest.fixture(scope="session")
-def exercise_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smoke_run(runs: dict[str, Path]) -> Path:
+    """The run folder after all solutions ran under the profile smoke."""
+    return runs["solutions"]
+
+
+@pytest.fixture(scope="session")
+def exercise_run(runs: dict[str, Path]) -> Path:
     """The run folder after all exercises ran, unsolved, under the profile smoke."""
-    return _run(ROOT / "notebooks", tmp_path_factory.mktemp("exercises"))
-
-
-def _run(notebooks: Path, run_dir: Path) -> Path:
-    parameters = {"profile": "smoke", "run_dir": str(run_dir)}
-    workbook.run(workbook.chapters(notebooks), run_dir / "notebooks", parameters)
-    return run_dir
+    return runs["exercises"]

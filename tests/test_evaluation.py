@@ -4,12 +4,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import pytrec_eval
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from bmf_matryoshka import evaluation, metrics, pairs
+from bmf_matryoshka import evaluation, metrics, pairs, retrieval
 from bmf_matryoshka.errors import InputError
 
 DIMS = (384, 256, 128, 64, 32)
@@ -130,6 +131,34 @@ def test_the_text_protocol_accepts_every_copy(model: SentenceTransformer) -> Non
     for name, result in results.items():
         alone = evaluation.evaluate(model, tasks[name], (384, 64))
         np.testing.assert_allclose(alone.values(64, "map@100"), result.values(64, "map@100"), atol=1e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_rankings_of_the_shipped_data_score_as_in_trec_eval(
+    model: SentenceTransformer, small: DatasetDict, ties: bool
+) -> None:
+    task = evaluation.build_task(small, "test")
+    queries = retrieval.encode(model, list(task.queries.values()), "query")
+    corpus = retrieval.encode(model, list(task.corpus.values()), "passage")
+    if ties:  # one decimal: many equal scores
+        queries, corpus = queries.round(1), corpus.round(1)
+    names = {"ndcg_cut_10": "ndcg@10", "map_cut_100": "map@100", "recall_100": "recall@100"}
+    names |= {f"recall_{k}": f"recall@{k}" for k in metrics.AT} | {f"P_{k}": f"precision@{k}" for k in metrics.AT}
+    wanted = {"ndcg_cut.10", "map_cut.100", "recall.1,3,5,10,100", "P.1,3,5,10"}
+    qrels = {query: dict.fromkeys(found, 1) for query, found in task.relevant.items()}
+    assert max(len(found) for found in qrels.values()) > 1
+    ids = list(task.corpus)
+    for dim in (384, 8):
+        table = evaluation.score(queries, corpus, task, [dim])
+        found, _ = retrieval.search(queries, corpus, 100, dim)
+        run = {
+            query: {ids[row]: float(-rank) for rank, row in enumerate(rows)}
+            for query, rows in zip(task.queries, found.tolist(), strict=True)
+        }
+        theirs = pytrec_eval.RelevanceEvaluator(qrels, wanted).evaluate(run)
+        for trec, own in names.items():
+            reference = [theirs[query][trec] for query in task.queries]
+            np.testing.assert_allclose(table[own].to_numpy(), reference, atol=1e-6, err_msg=own)
 
 
 def test_questions_are_grouped_by_what_is_known_about_them(small: DatasetDict) -> None:

@@ -1,10 +1,14 @@
+import copy
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
+from sklearn.decomposition import TruncatedSVD
 
 from bmf_matryoshka import base_models, bundle
 from bmf_matryoshka.errors import InputError
@@ -105,3 +109,43 @@ def test_quiet_transformers_restores_what_it_changed() -> None:
     with base_models.quiet_transformers():
         assert not transformers.logging.is_progress_bar_enabled()
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
+
+
+def test_rotation_keeps_every_cosine_and_moves_what_matters_to_the_front(
+    model: SentenceTransformer, course: pd.DataFrame, tmp_path: Path
+) -> None:
+    passages = course["positive"].drop_duplicates().tolist()[:400]
+    before = np.asarray(model.encode_document(passages))
+    turned = copy.deepcopy(model)
+    base_models.rotate(turned, before)
+    after = np.asarray(turned.encode_document(passages))
+    np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-5)
+    # The squared length kept by the first k dims is what scikit-learn's truncated SVD keeps, and more than before.
+    for k in (8, 64):
+        kept = (TruncatedSVD(k, algorithm="arpack").fit_transform(before) ** 2).sum()
+        assert (after[:, :k] ** 2).sum() == pytest.approx(kept, rel=1e-4)
+        assert kept > (before[:, :k] ** 2).sum()
+    base_models.save(turned, tmp_path / "turned")
+    again = base_models.load(str(tmp_path / "turned"), max_seq_length=model.max_seq_length).model
+    np.testing.assert_allclose(again.encode_document(passages[:5]), after[:5], atol=1e-6)
+    few = copy.deepcopy(model)
+    base_models.rotate(few, before[:10])  # fewer texts than axes: the rest of the axes is free, but still orthogonal
+    few_after = np.asarray(few.encode_document(passages[:50]))
+    np.testing.assert_allclose(few_after @ few_after.T, before[:50] @ before[:50].T, atol=1e-5)
+    assert abs(few_after[:10, 10:]).max() < 1e-5
+
+
+def test_merging_goes_from_one_model_to_the_other(model: SentenceTransformer) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.01)
+    first, last = (next(iter(m.parameters())).detach() for m in (model, other))
+    for share, expected in ((0.0, first), (1.0, last), (0.25, 0.75 * first + 0.25 * last)):
+        merged = next(iter(base_models.merge(model, other, share).parameters())).detach()
+        torch.testing.assert_close(merged, expected)
+    with pytest.raises(InputError, match=r"weight 1.5: choose a number from 0"):
+        base_models.merge(model, other, 1.5)
+    base_models.rotate(other, np.eye(384, dtype=np.float32))
+    with pytest.raises(InputError, match="differ in shape"):
+        base_models.merge(model, other, 0.5)

@@ -1,7 +1,10 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from bmf_matryoshka.errors import InputError
-from bmf_matryoshka.profiles import CARD, COLAB, LAPTOP, PROFILES, check_dims, get_profile
+from bmf_matryoshka.profiles import CARD, COLAB, LAPTOP, PROFILES, changed, check_dims, get_profile
 
 
 def test_card_is_the_published_recipe() -> None:
@@ -37,3 +40,47 @@ def test_every_profile_has_its_own_name_and_an_unknown_one_is_refused() -> None:
     assert {name: profile.name for name, profile in PROFILES.items()} == {name: name for name in PROFILES}
     with pytest.raises(InputError, match="unknown profile 'lapdog': choose one of smoke, laptop, colab, card"):
         get_profile("lapdog")
+
+
+def test_settings_are_changed_by_name() -> None:
+    texts = ["batch_size=64", "dims=(384, 64)", "attention=sdpa", "lora_rank=8", "chosen_by=mean", "learning_rate=1"]
+    done = changed(LAPTOP, texts)
+    assert (done.batch_size, done.dims, done.attention, done.lora_rank) == (64, (384, 64), "sdpa", 8)
+    assert changed(done, ["lora_rank=None", "dim_weights=(1.0, 2)"]).lora_rank is None
+    assert replace(done, name="x") == replace(
+        LAPTOP, name="x", batch_size=64, dims=(384, 64), attention="sdpa", lora_rank=8, learning_rate=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize=64", "--set batchsize=64: write name=value, with one of the names base_model, dims"),
+        ("batch_size", "write name=value"),
+        ("name=mine", "write name=value"),
+        ("batch_size=many", "--set batch_size=many: batch_size takes a whole number"),
+        ("batch_size=True", "takes a whole number"),
+        ("attention=flash", "attention takes sdpa or eager"),
+        ("chosen_by=best", "chosen_by takes a whole number or mean"),
+        ("dims=64", r"dims takes values in brackets, such as \(384, 64\)"),
+        ("dropout=0.1", "dropout takes True or False"),
+        ("mini_batch_size=1.5", "takes a whole number or None"),
+    ],
+)
+def test_a_wrong_setting_is_named(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        changed(LAPTOP, [text])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim_weights": (1.0, 2.0)}, "2 dim_weights for the 5 dims 384 256 128 64 32: give one for each"),
+        ({"dims_per_step": 6}, "dims_per_step 6: choose 1 to 5, or -1 for all"),
+        ({"dims_per_step": 0}, "dims_per_step 0"),
+        ({"chosen_by": 100}, "chosen_by 100: choose mean, or one of the dims 384 256 128 64 32"),
+    ],
+)
+def test_settings_about_dims_must_fit_them(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(LAPTOP, **settings).dims_for(384)

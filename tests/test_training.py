@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from bmf_matryoshka import base_models, training
+from bmf_matryoshka.batches import SimilarLengthBatchSampler
+from bmf_matryoshka.callbacks import LossError
 from bmf_matryoshka.errors import InputError
-from bmf_matryoshka.profiles import CARD, COLAB, LAPTOP, SMOKE
+from bmf_matryoshka.profiles import CARD, LAPTOP, SMOKE
 
 
-def make_sampler(dataset: Dataset, batch_size: int, drop_last: bool = False) -> training.SimilarLengthBatchSampler:
-    return training.SimilarLengthBatchSampler(
+def make_sampler(dataset: Dataset, batch_size: int, drop_last: bool = False) -> SimilarLengthBatchSampler:
+    return SimilarLengthBatchSampler(
         dataset, batch_size, drop_last, valid_label_columns=[], generator=torch.Generator(), seed=1
     )
 
@@ -83,9 +85,6 @@ def test_arguments_say_what_the_profile_says(tmp_path: Path) -> None:
     assert (card.batch_sampler, card.optim, card.eval_strategy) == ("no_duplicates", "adamw_torch_fused", "epoch")
     assert (card.load_best_model_at_end, card.report_to, card.bf16, card.fp16) == (True, [], False, False)
     assert arguments(LAPTOP, tmp_path, "bfloat16").bf16
-    colab = arguments(COLAB, tmp_path)
-    assert colab.activation_checkpointing
-    assert not card.activation_checkpointing
 
 
 @pytest.fixture
@@ -153,22 +152,20 @@ def test_dims_that_do_not_fit_are_refused_before_training(
 def test_a_loss_that_is_no_number_stops_the_run(fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path) -> None:
     with torch.no_grad():
         dict(fresh.named_parameters())["0.model.encoder.layer.11.output.dense.weight"].fill_(torch.nan)
-    with pytest.raises(
-        training.LossError, match=r"the loss is nan at step 1 \(learning rate .*, precision .*lower the"
-    ):
+    with pytest.raises(LossError, match=r"the loss is nan at step 1 \(learning rate .*, precision .*lower the"):
         training.train(fresh, small, replace(SMOKE, max_steps=2, batch_size=4), tmp_path)
 
 
 def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     assert training.last_checkpoint(tmp_path) is None
-    for step in (2, 10):
+    for step in (2, 10, 12):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in training.CHECKPOINT_FILES:
-            (folder / name).touch()
+        (folder / "trainer_state.json").touch()
+    assert training.last_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / training.COMPLETE).touch()
     assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
-    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_missing_log_names_the_chapter(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .profiles import PROFILES, Profile, check_dims, get_profile
+from .profiles import PROFILES, Profile, changed, check_dims, get_profile
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -46,16 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--exercises", action="store_true", help="run the exercises as a learner opens them")
     run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
 
-    train = add("train", _train, "fine-tune on your own pairs")
-    train.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the model")
-    train.add_argument("--profile", choices=PROFILES, default="laptop")
-    train.add_argument("--epochs", type=float, metavar="N")
-    train.add_argument("--base-model", metavar="M", help="a hub id or a folder")
-    train.add_argument("--dims", nargs="+", type=int, metavar="D", help="descending, for example 384 128 32")
-    train.add_argument("--full-dimension", action="store_true", help="add the base model's full width to the dims")
-    train.add_argument("--seed", type=int, default=42)
-    train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same command")
+    _add_train(add("train", _train, "fine-tune on your own pairs"))
 
     evaluate = add("evaluate", _evaluate, "measure a model on your own pairs at every dimension")
     evaluate.add_argument("--model", required=True, metavar="M", help="a folder or a hub id")
@@ -71,11 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings in this folder")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write every measure to this file")
 
+    dry_run = add("dry-run", _dry_run, "try a profile's training at full size with random weights")
+    dry_run.add_argument("--profile", choices=PROFILES, default="card")
+    dry_run.add_argument("--steps", type=int, default=2, metavar="N", help="optimizer steps, at least 2")
+    dry_run.add_argument("--max-seq-length", type=int, default=256, metavar="N", help="tokens a text, default 256")
+    dry_run.add_argument("--folder", type=Path, metavar="DIR", help="where the models go, and are removed again")
+    dry_run.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
+
     summary = add("summary", _summary, "print the result table of a run")
     summary.add_argument("--run-dir", type=Path, default=Path("runs/laptop"))
 
     bench = add("bench", _bench, "compare every way to search, at every dimension and in every style")
     bench.add_argument("--run-dir", type=Path, default=Path("runs/laptop"), help="a finished run of the course")
+
+    experiments = add("experiments", _experiments, "measure what each choice in training does (about an hour)")
+    experiments.add_argument("--run-dir", type=Path, default=Path("runs/laptop"), help="a finished run of the course")
+    experiments.add_argument("--only", nargs="+", default=[], metavar="OPTION")
 
     pairs = add("pairs", _pairs, "check or count the course's data")
     pairs.add_argument("action", choices=("validate", "describe"))
@@ -86,6 +88,26 @@ def _parser() -> argparse.ArgumentParser:
     publish = add("publish", _publish, "take a run's notebooks and figures into the project")
     publish.add_argument("--run-dir", type=Path, default=Path("runs/laptop"))
     return parser
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the model")
+    train.add_argument("--profile", choices=PROFILES, default="laptop")
+    train.add_argument("--epochs", type=float, metavar="N")
+    train.add_argument("--base-model", metavar="M", help="a hub id or a folder")
+    train.add_argument("--dims", nargs="+", type=int, metavar="D", help="descending, for example 384 128 32")
+    train.add_argument("--full-dimension", action="store_true", help="add the base model's full width to the dims")
+    train.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change settings of the profile, such as batch_size=64",
+    )
+    train.add_argument("--report-to", choices=("none", "tensorboard", "trackio"), default="none")
+    train.add_argument("--seed", type=int, default=42)
+    train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same command")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -114,16 +136,22 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _profile(arguments: argparse.Namespace) -> Profile:
+    """The named profile, changed by the options of `train`."""
     profile = get_profile(arguments.profile)
     if arguments.epochs is not None:
         if arguments.epochs <= 0:
             raise InputError(f"--epochs {arguments.epochs}: a number above 0 is needed")
-        profile = replace(profile, epochs=arguments.epochs, max_steps=-1)
+        profile = replace(profile, epochs=arguments.epochs, max_steps=-1, evaluations=None)
     if arguments.dims:
         profile = replace(profile, dims=check_dims(tuple(arguments.dims)), full_dimension=False)
     if arguments.full_dimension:
         profile = replace(profile, full_dimension=True)
+    return changed(profile, arguments.set)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    profile = _profile(arguments)
     if arguments.out.exists():
         raise InputError(f"--out {arguments.out} exists: name a new folder or remove it")
     # Beside the output, so that it is on the same disk; it stays when the run is interrupted.
@@ -136,23 +164,62 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume and saved.is_file() and saved.read_text(encoding="utf-8") != settings:
         raise InputError(f"{work} holds a run with other settings or pairs: repeat its command, or remove the folder")
 
-    from . import base_models, hardware, training
+    from . import base_models, hardware, memory, training
+    from .callbacks import LossError
 
-    loaded = base_models.load(
-        arguments.base_model or profile.base_model, profile.max_seq_length, device=hardware.device()
-    )
+    device = hardware.device()
+    base_model = arguments.base_model or profile.base_model
+    shape = memory.shape_of(base_model)
+    if shape is not None:
+        profile.dims_for(shape.hidden)
+        memory.check_fits(shape, profile, device, hardware.precision(device))
+    with hardware.first_process_first():
+        loaded = base_models.load(base_model, profile.max_seq_length, device)
     profile.dims_for(base_models.width(loaded.model))
-    print(f"base model: {loaded.source}")
-    work.mkdir(parents=True, exist_ok=True)
-    saved.write_text(settings, encoding="utf-8")
+    first = hardware.is_first_process()
+    if first:
+        print(f"base model: {loaded.source}")
+        work.mkdir(parents=True, exist_ok=True)
+        saved.write_text(settings, encoding="utf-8")
     try:
-        run = training.train(loaded.model, dataset, profile, work, arguments.seed, arguments.resume)
-    except training.LossError as error:
+        run = training.train(
+            loaded.model, dataset, profile, work, arguments.seed, arguments.resume, report_to=arguments.report_to
+        )
+    except (LossError, training.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    base_models.save(loaded.model, arguments.out, {"training.json": run.to_json()})
-    shutil.rmtree(work)
-    print(f"trained {run.info['steps']} steps in {run.info['seconds']} s; the model is in {arguments.out}")
+    if first:
+        training.save(loaded.model, run, arguments.out, work)
+        print(f"trained {run.info['steps']} steps in {run.info['seconds']} s; the model is in {arguments.out}")
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from . import dry_run, memory, workbook
+
+    profile = get_profile(arguments.profile)
+    shape = memory.SHAPES[profile.base_model]
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        report = dry_run.run(
+            profile, shape, workbook.find_root() / "data", Path(folder), arguments.steps, arguments.max_seq_length
+        )
+    print(dry_run.as_text(report))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _experiments(arguments: argparse.Namespace) -> int:
+    from . import course_data, evaluation, experiments, pairs, workbook
+
+    root = workbook.find_root()
+    run_dir = root / arguments.run_dir
+    course_pairs = course_data.read_folder(root / "data").pairs()
+    table = experiments.run(get_profile("laptop"), course_pairs, run_dir / "experiments", arguments.only)
+    general, _ = pairs.read_file(root / "data" / "general.jsonl")
+    merged = experiments.merging_of_run(run_dir, evaluation.build_task(pairs.split(general), "all"))
+    experiments.save(table, merged, run_dir / "results" / "experiments.json")
+    print(experiments.as_markdown(table))
     return 0
 
 

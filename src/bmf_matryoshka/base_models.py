@@ -1,5 +1,6 @@
 """A base model as a SentenceTransformer: from the hub, from the offline bundle, or from a folder."""
 
+import copy
 import logging
 import os
 import re
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import PreTrainedModel
 
 from . import bundle
@@ -88,6 +91,53 @@ def save(model: SentenceTransformer, folder: Path, texts: Mapping[str, str] | No
         model.save_pretrained(str(part), create_model_card=False)
         for name, text in (texts or {}).items():
             (part / name).write_text(text, encoding="utf-8")
+
+
+def rotate(model: SentenceTransformer, embeddings: NDArray[np.float32]) -> None:
+    """Turn the model's vectors onto the principal axes of some embeddings, the strongest axis first.
+
+    The turn is orthogonal: at the full width every cosine stays what it was, but the first dimensions now hold the most
+    of each vector, so that cutting loses less. It is a linear layer without bias before the normalisation, trained and
+    saved with the rest. The axes are the eigenvectors of the embeddings' matrix of products, uncentred (Eckart and
+    Young 1936: no other choice of directions keeps more of their squared length in the first k, for any k).
+
+    Args:
+        model: changed in place; its last module normalises.
+        embeddings: what the axes are fitted on, shape (texts, width).
+    """
+    size = width(model)
+    rows = np.asarray(embeddings, np.float64)
+    axes = np.linalg.eigh(rows.T @ rows)[1].T[::-1].copy()  # eigh sorts ascending
+    turn = Dense(
+        size, size, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.tensor(axes).float()
+    )
+    model.insert(len(model) - 1, turn.to(model.device))
+
+
+def merge(base: SentenceTransformer, tuned: SentenceTransformer, weight: float) -> SentenceTransformer:
+    """A new model whose weights lie between two models of one shape: 0 is the base, 1 the tuned one.
+
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models": on the straight line between both, the old ability
+    often comes back before the new one goes.
+
+    Raises:
+        InputError: the weight is not between 0 and 1, or the models differ in shape.
+    """
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight {weight}: choose a number from 0 (the base model) to 1 (the tuned one)")
+    start, end = base.state_dict(), tuned.state_dict()
+    if {name: value.shape for name, value in start.items()} != {name: value.shape for name, value in end.items()}:
+        raise InputError("the models differ in shape: merge a fine-tuned model with the base model it started from")
+    merged = copy.deepcopy(tuned)
+    merged.load_state_dict(
+        {
+            name: torch.lerp(value.float(), end[name].float().to(value.device), weight)
+            if value.is_floating_point()
+            else value
+            for name, value in start.items()
+        }
+    )
+    return merged
 
 
 def width(model: SentenceTransformer) -> int:

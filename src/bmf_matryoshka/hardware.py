@@ -1,17 +1,41 @@
-"""What this machine really has: device and precision."""
+"""What this machine really has: device, precision, processes."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def device() -> str:
-    """The device to compute on: "cuda", "mps" or "cpu"."""
+    """The device to compute on: "cuda" (with several processes, the one of this process), "mps" or "cpu"."""
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def processes() -> int:
+    """How many processes `accelerate launch` or `torchrun` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that evaluates, writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process runs the block, then the others: for what is downloaded or unpacked once."""
+    if processes() == 1:
+        yield
+        return
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        yield
 
 
 def precision(device: str) -> Precision:

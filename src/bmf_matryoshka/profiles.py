@@ -1,8 +1,11 @@
 """Profiles: every difference between a smoke test, a laptop, a free T4 and the published recipe, in one place."""
 
+import ast
 import itertools
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import InputError
 
@@ -33,6 +36,16 @@ class Profile:
     """Share of all optimizer steps in which the learning rate rises."""
     scale: float = 20.0
     """What cosines are multiplied by in the loss (one over the temperature)."""
+    dim_weights: tuple[float, ...] | None = None
+    """A weight for the loss of each trained dimension, in their order; None for 1 each."""
+    dims_per_step: int = -1
+    """Train only this many dimensions, drawn anew, in each step; -1 for all."""
+    rotate: bool = False
+    """Start from the principal axes of the training passages (see `base_models.rotate`)."""
+    chosen_by: int | Literal["mean"] = "mean"
+    """The checkpoint kept is the best by ndcg@10 at this dimension, or by the mean over the dimensions."""
+    evaluations: int | None = None
+    """Evaluations, with a checkpoint each, spread evenly over the run; None for one an epoch."""
     split: Literal["passage", "question"] = "passage"
     """What is kept together when the pairs are split (see `pairs.split`)."""
     shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
@@ -53,6 +66,8 @@ class Profile:
     dropout: bool = True
     attention: Literal["sdpa", "eager"] = "sdpa"
     train_token_embeddings: bool = True
+    lora_rank: int | None = None
+    """Train adapters of this rank instead of the weights, and merge them in at the end (needs peft)."""
     frozen_layers: int = 0
     """The embeddings and this many of the lowest layers keep their weights: the backward pass stops above them."""
     max_steps: int = -1
@@ -64,10 +79,18 @@ class Profile:
         """The dimensions for a base model of this width, descending.
 
         Raises:
-            InputError: a dimension is above the width.
+            InputError: a dimension is above the width, or the settings that are about dims do not fit them.
         """
         dims = (width, *self.dims) if self.full_dimension and width not in self.dims else self.dims
-        return check_dims(dims, width)
+        check_dims(dims, width)
+        text = " ".join(str(dim) for dim in dims)
+        if self.dim_weights is not None and len(self.dim_weights) != len(dims):
+            raise InputError(f"{len(self.dim_weights)} dim_weights for the {len(dims)} dims {text}: give one for each")
+        if self.dims_per_step != -1 and not 1 <= self.dims_per_step <= len(dims):
+            raise InputError(f"dims_per_step {self.dims_per_step}: choose 1 to {len(dims)}, or -1 for all")
+        if self.chosen_by != "mean" and self.chosen_by not in dims:
+            raise InputError(f"chosen_by {self.chosen_by}: choose mean, or one of the dims {text}")
+        return dims
 
 
 def check_dims(dims: tuple[int, ...], width: int | None = None) -> tuple[int, ...]:
@@ -90,6 +113,52 @@ def check_dims(dims: tuple[int, ...], width: int | None = None) -> tuple[int, ..
     return dims
 
 
+def changed(profile: Profile, settings: Iterable[str]) -> Profile:
+    """A profile with some settings changed, each given as text such as ``batch_size=64`` or ``dims=(1024, 64)``.
+
+    Raises:
+        InputError: there is no such setting, or the value is not of its type.
+    """
+    types = get_type_hints(Profile)
+    names = [name for name in types if name != "name"]
+    for text in settings:
+        name, equals, value_text = text.partition("=")
+        if not equals or name not in names:
+            raise InputError(f"--set {text}: write name=value, with one of the names {', '.join(names)}")
+        try:
+            value = ast.literal_eval(value_text)
+        except (ValueError, SyntaxError):
+            value = value_text
+        if not _is_a(value, types[name]):
+            raise InputError(f"--set {text}: {name} takes {_in_words(types[name])}")
+        profile = replace(profile, **{name: value})
+    return profile
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of a type that a setting has: plain, a choice of words, several types, or a tuple."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(part, get_args(kind)[0]) for part in value)
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is_a(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "values in brackets, such as (384, 64)"
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return " or ".join(_in_words(one) for one in get_args(kind))
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+    return words[kind]
+
+
 LAPTOP = Profile(
     name="laptop",
     base_model=E5_SMALL,
@@ -101,6 +170,7 @@ LAPTOP = Profile(
     gradient_accumulation_steps=1,
     epochs=1,
     max_steps=110,
+    evaluations=2,
     learning_rate=1e-4,
     warmup=0.1,
     scale=60.0,
@@ -129,6 +199,7 @@ SMOKE = Profile(
     frozen_layers=6,
     attention="eager",
     max_steps=6,
+    evaluations=2,
     max_passages=60,
 )
 
@@ -163,6 +234,7 @@ CARD = Profile(
     protocol="card",
     columns=("positive", "anchor"),
     tf32=True,
+    activation_checkpointing=True,  # not the card's, but it changes no number, and 24 GB are enough
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, LAPTOP, COLAB, CARD)}

@@ -1,41 +1,45 @@
 """Train with MatryoshkaLoss over MultipleNegativesRankingLoss: loss, batches, arguments, trainer."""
 
 import json
-import math
+import shutil
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors import SafetensorError
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.sampler import BatchSamplers, DefaultBatchSampler
+from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
 from torch.utils.data import BatchSampler
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 
-from . import base_models, hardware
+from . import adapters, base_models, hardware, retrieval
+from .batches import SimilarLengthBatchSampler
+from .callbacks import LogFile, LossGuard, ProgressBar
 from .errors import InputError
 from .evaluation import MatryoshkaEvaluator, build_task
 from .profiles import Profile
 
 LOGS_PER_RUN = 50
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin")
-"""The last of these to be written is the state of the trainer."""
+COMPLETE = "complete"
+"""The file that a checkpoint gets last: without it, writing was cut short."""
+KEPT_TOLERANCE = 1e-4
+"""How far two evaluations of the same weights may differ."""
 
 
 @dataclass(frozen=True)
@@ -75,79 +79,57 @@ class TrainingRun:
         return pd.DataFrame([row for row in self.history if key in row])
 
 
-class SimilarLengthBatchSampler(DefaultBatchSampler):
-    """Batches of pairs with passages of similar length, in which no passage answers another pair's question.
-
-    Padding wastes half of a random batch; sorting by length (with 20 % of noise, so that batches differ between epochs)
-    saves most of it. The last pairs of an epoch that fit no batch wait for the next epoch.
-    """
-
-    def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, **options: Any):
-        super().__init__(dataset, batch_size=batch_size, drop_last=drop_last, **options)
-        self.passages: list[str] = list(dataset["passage_id"])
-        self.relevant = [frozenset(relevant) for relevant in dataset["relevant"]]
-        self.lengths = torch.tensor([len(text) for text in dataset["positive"]], dtype=torch.float)
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.passages), self.batch_size)
-        return full + bool(rest and not self.drop_last)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        noise = 0.8 + 0.4 * torch.rand(len(self.lengths), generator=generator)
-        waiting = deque((self.lengths * noise).argsort().tolist())
-        batches = [self._fill(waiting) for _ in range(len(self))]
-        for number in torch.randperm(len(batches), generator=generator).tolist():
-            if batches[number]:
-                yield batches[number]
-
-    def _fill(self, waiting: deque[int]) -> list[int]:
-        """Take a batch from the front of the queue; pairs that clash with it keep their place."""
-        batch: list[int] = []
-        passages: set[str] = set()
-        answers: set[str] = set()
-        skipped: list[int] = []
-        while waiting and len(batch) < self.batch_size:
-            pair = waiting.popleft()
-            if self.passages[pair] in answers or self.relevant[pair] & passages:
-                skipped.append(pair)
-                continue
-            batch.append(pair)
-            passages.add(self.passages[pair])
-            answers |= self.relevant[pair]
-        waiting.extendleft(reversed(skipped))
-        return batch
-
-
 def build_loss(
-    model: SentenceTransformer, dims: Sequence[int], scale: float = 20.0, mini_batch_size: int | None = None
+    model: SentenceTransformer,
+    dims: Sequence[int],
+    scale: float = 20.0,
+    mini_batch_size: int | None = None,
+    weights: Sequence[float] | None = None,
+    dims_per_step: int = -1,
 ) -> MatryoshkaLoss:
-    """MatryoshkaLoss, weight 1 for each dimension, over MultipleNegativesRankingLoss or its cached form."""
+    """MatryoshkaLoss over MultipleNegativesRankingLoss or its cached form.
+
+    Args:
+        model: what is trained.
+        dims: trained dimensions.
+        scale: what cosines are multiplied by.
+        mini_batch_size: a number switches to the cached loss.
+        weights: one for each dim; None for 1 each.
+        dims_per_step: train only this many of the dims in each step; -1 for all.
+    """
+    # With several processes, each question is told apart from the passages of all of them.
+    gather = hardware.processes() > 1
     base: torch.nn.Module
     if mini_batch_size is None:
-        base = MultipleNegativesRankingLoss(model, scale=scale)
+        base = MultipleNegativesRankingLoss(model, scale=scale, gather_across_devices=gather)
     else:
-        base = CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=mini_batch_size)
-    return MatryoshkaLoss(model, base, matryoshka_dims=list(dims))
+        base = CachedMultipleNegativesRankingLoss(
+            model, scale=scale, mini_batch_size=mini_batch_size, gather_across_devices=gather
+        )
+    return MatryoshkaLoss(model, base, list(dims), list(weights) if weights else None, dims_per_step)
 
 
 def build_arguments(
-    profile: Profile, work: Path, device: str, precision: hardware.Precision, seed: int, prompts: dict[str, str]
+    profile: Profile,
+    work: Path,
+    device: str,
+    precision: hardware.Precision,
+    seed: int,
+    prompts: dict[str, str],
+    report_to: str = "none",
 ) -> SentenceTransformerTrainingArguments:
     """The trainer's arguments for a profile on this machine."""
-    # A run that stops within its first epoch is evaluated at half-time and at the end.
-    when: dict[str, Any] = (
-        {"eval_strategy": "epoch", "save_strategy": "epoch"}
-        if profile.max_steps < 0
-        else {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 0.5, "save_steps": 0.5}
-    )
+    when: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    if profile.evaluations is not None:
+        share = 1 / profile.evaluations
+        when = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": share, "save_steps": share}
+    several = hardware.processes() > 1
     return SentenceTransformerTrainingArguments(
         output_dir=str(work),
         num_train_epochs=profile.epochs,
         max_steps=profile.max_steps,
         per_device_train_batch_size=profile.batch_size,
         gradient_accumulation_steps=profile.gradient_accumulation_steps,
-        activation_checkpointing=profile.activation_checkpointing or None,
         learning_rate=profile.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=profile.warmup,
@@ -157,19 +139,23 @@ def build_arguments(
         use_cpu=device == "cpu",
         bf16=precision == "bfloat16",
         fp16=precision == "float16",
-        tf32=True if profile.tf32 and device.startswith("cuda") else None,
+        tf32=True if profile.tf32 and device.startswith("cuda") and precision == "bfloat16" else None,
         **when,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_mean_cosine_ndcg@10",
+        metric_for_best_model=f"eval_{_chosen_by(profile)}",
         greater_is_better=True,
         logging_strategy="steps",
         logging_steps=1 / LOGS_PER_RUN,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=report_to,
         dataloader_pin_memory=device.startswith("cuda"),
+        # One batch over all processes, cut into a share for each: so it holds no duplicates, and every share is full.
+        accelerator_config={"split_batches": several},
+        dataloader_drop_last=several,
+        ddp_find_unused_parameters=False if several else None,
         seed=seed,
     )
 
@@ -181,22 +167,32 @@ def train(
     work: Path,
     seed: int = 42,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    report_to: str = "none",
 ) -> TrainingRun:
-    """Train the model in place; afterwards it holds the checkpoint with the best mean ndcg@10.
+    """Train the model in place; afterwards it holds the checkpoint that `profile.chosen_by` calls the best.
+
+    Started by `accelerate launch` or `torchrun`, each process runs this function: batches are shared out, negatives
+    gathered; only the first process evaluates and writes.
 
     Args:
-        model: a base model in float32; its `truncate_dim` must not be set.
+        model: a base model in float32; its `truncate_dim` must not be set. With `profile.rotate` it gains a layer.
         dataset: what `pairs.split` returned.
         profile: how to train.
-        work: folder for checkpoints.
+        work: folder for checkpoints and the growing log, `log.json`.
         seed: for batches and dropout.
         resume: go on from the last whole checkpoint in `work`; without one, start anew.
+        callbacks: called by the trainer as well, for example a `LivePlot`.
+        report_to: "none", "tensorboard" or "trackio", which must be installed.
 
     Raises:
-        InputError: the profile's dims do not fit the model.
+        InputError: the profile's dims do not fit the model, or a package that the profile needs is not installed.
         LossError: the loss is no longer a number.
+        CheckpointError: a checkpoint could not be written.
     """
     dims = profile.dims_for(base_models.width(model))
+    if report_to != "none" and find_spec(report_to) is None:
+        raise InputError(f"{report_to} is not installed: pip install {report_to}")
     device = model.device.type
     precision = hardware.precision(device)
     chooser = "validation" if "validation" in dataset else "test"
@@ -205,101 +201,130 @@ def train(
     prompts = {"anchor": model.prompts.get("query") or "", "positive": model.prompts.get("document") or ""}
     model.model_card_data.generate_widget_examples = False
     start = time.perf_counter()
+    if profile.rotate:
+        rotate(model, dataset, profile)
+    if resume:
+        _remove_partial(work)
     with _settings(model, profile), base_models.quiet_transformers():
         trainer = _Trainer(
             model=model,
-            args=build_arguments(profile, work, device, precision, seed, prompts),
+            args=build_arguments(profile, work, device, precision, seed, prompts, report_to),
             train_dataset=dataset["train"].select_columns(list(profile.columns)),
-            loss=build_loss(model, dims, profile.scale, profile.mini_batch_size),
+            loss=build_loss(
+                model, dims, profile.scale, profile.mini_batch_size, profile.dim_weights, profile.dims_per_step
+            ),
             evaluator=evaluator,
-            callbacks=[_ProgressBar(), _LossGuard(precision)],
+            callbacks=[ProgressBar(), LogFile(), LossGuard(precision), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         if profile.batches == "similar_length":
             trainer.batch_source = dataset["train"]
         trainer.train(resume_from_checkpoint=last_checkpoint(work) if resume else None)
-    seconds = time.perf_counter() - start
+        trainer.accelerator.wait_for_everyone()
+        # The trainer only logs an error where the best checkpoint cannot be loaded, so look at what was loaded.
+        kept = evaluator(model) if hardware.is_first_process() else {}
     state = trainer.state
+    chosen = _chosen_by(profile)
+    if kept and (state.best_metric is None or abs(kept[chosen] - state.best_metric) > KEPT_TOLERANCE):
+        raise RuntimeError(
+            f"the loaded model scores {chosen} {kept[chosen]:.4f}, its checkpoint scored {state.best_metric}"
+        )
+    seconds = time.perf_counter() - start
     info = {
         "profile": asdict(profile),
         "dims": list(dims),
         "seed": seed,
         "device": device,
         "precision": precision,
+        "processes": hardware.processes(),
         "pairs": len(dataset["train"]),
         "pairs_seen": round(len(dataset["train"]) * (state.epoch or 0)),
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "chosen_on": chooser,
+        "chosen_by": chosen,
+        "kept": kept,
         "seconds": round(seconds, 1),
     }
     return TrainingRun(state.log_history, info)
 
 
+def rotate(model: SentenceTransformer, dataset: DatasetDict, profile: Profile) -> None:
+    """Turn the model onto the principal axes of the training passages (see `base_models.rotate`)."""
+    length = model.max_seq_length
+    model.max_seq_length = profile.train_seq_length or length
+    passages = list(dict.fromkeys(dataset["train"]["positive"]))
+    embeddings = retrieval.encode(model, passages, "passage", hardware.precision(model.device.type))
+    model.max_seq_length = length
+    base_models.rotate(model, embeddings)
+
+
+def save(model: SentenceTransformer, run: TrainingRun, folder: Path, work: Path) -> None:
+    """Save the trained model with its log, then remove the checkpoints, which take several times its space."""
+    base_models.save(model, folder, {"training.json": run.to_json()})
+    shutil.rmtree(work)
+
+
+def _chosen_by(profile: Profile) -> str:
+    return f"{'mean' if profile.chosen_by == 'mean' else f'dim_{profile.chosen_by}'}_cosine_ndcg@10"
+
+
 def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint in a folder that holds everything a run needs to go on; None if there is none."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
-    for folder in found:
-        if all((folder / name).is_file() for name in CHECKPOINT_FILES):
-            return str(folder)
-    return None
+    """The newest whole checkpoint in a folder; None if there is none."""
+    whole = [folder for folder in _checkpoints(work) if (folder / COMPLETE).is_file()]
+    return str(whole[-1]) if whole else None
 
 
-class LossError(Exception):
-    """The loss became infinite or not a number."""
+def _checkpoints(work: Path) -> list[Path]:
+    return sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def _remove_partial(work: Path) -> None:
+    """Remove checkpoints whose writing was cut short."""
+    if hardware.is_first_process():
+        for folder in _checkpoints(work):
+            if not (folder / COMPLETE).is_file():
+                shutil.rmtree(folder)
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written."""
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """The library's trainer, with a batch sampler that may look at columns that are not trained on."""
+    """The library's trainer, with batches over all processes, its own sampler, and checkpoints whole or absent."""
 
     batch_source: Dataset | None = None
     """Pairs with all their columns: switches to batches of similar length."""
 
-    def get_batch_sampler(self, dataset: Dataset, *args: Any, **options: Any) -> BatchSampler | None:
+    def get_batch_sampler(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **options: Any
+    ) -> BatchSampler | None:
+        batch_size *= hardware.processes()
         if self.batch_source is None:
-            return super().get_batch_sampler(dataset, *args, **options)
-        return SimilarLengthBatchSampler(self.batch_source, *args, **options)
+            return super().get_batch_sampler(dataset, batch_size, drop_last, *args, **options)
+        return SimilarLengthBatchSampler(self.batch_source, batch_size, drop_last, *args, **options)
 
-
-class _ProgressBar(TrainerCallback):
-    """One bar over all optimizer steps, showing the last loss and the last evaluation."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-        self.shown: dict[str, str] = {}
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:  # noqa: ARG002
-        for key, short in (("loss", "loss"), ("eval_mean_cosine_ndcg@10", "ndcg@10")):
-            if key in options["logs"]:
-                self.shown[short] = f"{options['logs'][key]:.3f}"
-        self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        self.bar.close()
-
-
-class _LossGuard(TrainerCallback):
-    """Stops a run whose loss is no longer a number, instead of training on with ruined weights."""
-
-    def __init__(self, precision: hardware.Precision):
-        self.precision = precision
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:  # noqa: ARG002
-        loss = options["logs"].get("loss")
-        if loss is not None and not math.isfinite(loss):
-            rate = options["logs"].get("learning_rate")
-            raise LossError(
-                f"the loss is {loss} at step {state.global_step} (learning rate {rate:.1e}, precision "
-                f"{self.precision}): lower the learning rate, or train in float32"
-            )
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **options)
+            if self.args.should_save:
+                (folder / COMPLETE).touch()
+        except (OSError, RuntimeError, SafetensorError) as error:  # the forms that a full disk takes
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {folder.parent} "
+                f"({str(error).splitlines()[0]}): make room on the disk, then go on with --resume"
+            ) from error
 
 
 @contextmanager
 def _settings(model: SentenceTransformer, profile: Profile) -> Iterator[None]:
-    """Apply a profile's length limit, attention, dropout and frozen weights, and put everything back afterwards."""
+    """Apply a profile's length limit, attention, dropout, frozen weights, adapters and activation checkpointing.
+
+    Everything is put back afterwards; what the adapters learned is added to the weights.
+    """
     length = model.max_seq_length
     transformer = base_models.transformer(model)
     attention = transformer.config._attn_implementation
@@ -310,8 +335,12 @@ def _settings(model: SentenceTransformer, profile: Profile) -> Iterator[None]:
     if profile.frozen_layers:
         lowest = ("embeddings.", *(f"encoder.layer.{number}." for number in range(profile.frozen_layers)))
         frozen += [weight for name, weight in transformer.named_parameters() if name.startswith(lowest)]
+    if profile.lora_rank:
+        adapters.add(model, profile.lora_rank)
     model.max_seq_length = profile.train_seq_length or length
     transformer.set_attn_implementation(profile.attention)
+    if profile.activation_checkpointing:
+        transformer.activation_checkpointing_enable()
     for module in dropouts:
         module.p = 0.0
     for weight in frozen:
@@ -321,7 +350,11 @@ def _settings(model: SentenceTransformer, profile: Profile) -> Iterator[None]:
     finally:
         model.max_seq_length = length
         transformer.set_attn_implementation(attention)
+        if profile.activation_checkpointing:
+            transformer.activation_checkpointing_disable()
         for module, probability in dropouts.items():
             module.p = probability
-        for weight in frozen:
+        if profile.lora_rank:
+            adapters.merge(model)
+        for weight in transformer.parameters():
             weight.requires_grad_(True)

@@ -1,0 +1,221 @@
+"""What each choice in training does: one option changed at a time, the same pairs, one table."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from . import base_models, evaluation, hardware, pairs, training
+from .errors import InputError
+from .evaluation import Results, Task
+from .profiles import Profile, get_profile
+
+RECIPE = "the recipe"
+MANY_EPOCHS = 6
+STEPS = 40
+"""Optimizer steps of each experiment: enough to tell options apart, a third of a whole run."""
+FEW_PASSAGES = 150
+"""Training passages of the experiment with many epochs."""
+MERGE_WEIGHTS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One change to the recipe."""
+
+    profile: Profile
+    why: str
+    passages: int | None = None
+    """Train on this many passages alone."""
+    leak: bool = False
+    """Train on the validation passages themselves, with every other question; the rest is asked afterwards."""
+    against: str = "the recipe"
+    """The option that this one is compared with."""
+
+
+def options(profile: Profile) -> dict[str, Option]:
+    """Every option by its name, the recipe first; all see the same number of pairs unless they are about that."""
+    recipe = replace(profile, max_steps=STEPS, evaluations=1)
+    batch, dims = recipe.batch_size, recipe.dims
+    small_first = tuple(1.0 + rank for rank in range(len(dims)))
+
+    def change(why: str, **settings: Any) -> Option:
+        return Option(replace(recipe, **settings), why)
+
+    few = replace(recipe, max_steps=-1)
+    many = replace(few, epochs=MANY_EPOCHS)
+    many_epochs = f"{FEW_PASSAGES} passages, {MANY_EPOCHS} epochs"
+    return {
+        RECIPE: change(""),
+        "no rotation": change("training starts from the model's own axes", rotate=False),
+        "weights " + " ".join(f"{weight:.0f}" for weight in small_first): change(
+            "the smallest dimension counts most", dim_weights=small_first
+        ),
+        "full dimension left out": change("as the card did", dims=dims[1:], full_dimension=False),
+        "2 dims a step": change("less to compute in the loss, which costs little anyway", dims_per_step=2),
+        "no Matryoshka": change("the full dimension alone", dims=dims[:1], full_dimension=False),
+        f"batch {batch // 2}": change(
+            "fewer wrong answers a question", batch_size=batch // 2, max_steps=STEPS * 2
+        ),
+        f"batch {batch * 2}, cached": change(
+            "more wrong answers, in the memory of half the batch",
+            batch_size=batch * 2, mini_batch_size=batch, max_steps=STEPS // 2,
+        ),
+        "columns reversed": change("as the card did: passages look for questions", columns=("positive", "anchor")),
+        "scale 20": change("the library's default", scale=20.0),
+        "learning rate 2e-5": change("the card's", learning_rate=2e-5),
+        "dropout .1": change("the model's default", dropout=True),
+        "no layer frozen": change("the embeddings stay frozen", frozen_layers=0),
+        "nothing frozen": change("all weights are trained", frozen_layers=0, train_token_embeddings=True),
+        "sdpa attention": change("the library's default", attention="sdpa"),
+        "random batches": change("without duplicates, of all lengths", batches="no_duplicates"),
+        f"cap of {recipe.max_seq_length} tokens": change("as in evaluation", train_seq_length=None),
+        f"{FEW_PASSAGES} passages, 1 epoch": Option(few, "few pairs", FEW_PASSAGES),
+        many_epochs: Option(many, "few pairs, many times", FEW_PASSAGES),
+        f"leak, {MANY_EPOCHS} epochs": Option(
+            many, "trained on the passages that are searched, under other questions", leak=True, against=many_epochs
+        ),
+    }  # fmt: skip
+
+
+def run(
+    profile: Profile,
+    course_pairs: pd.DataFrame,
+    folder: Path,
+    names: Sequence[str] = (),
+    seed: int = 42,
+    show_progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train and measure every option on the validation questions among the validation passages.
+
+    Args:
+        profile: the recipe.
+        course_pairs: all pairs.
+        folder: keeps each finished option, so that an interrupted run goes on where it stopped.
+        names: of the options to run; all without any.
+        seed: for each training.
+        show_progress: show a bar over the options.
+
+    Returns:
+        records: option, why, pairs seen, seconds of training, and for each dim ndcg@10 and the paired difference from
+        the recipe, each with its interval.
+
+    Raises:
+        InputError: there is no such option.
+    """
+    known = options(profile)
+    for name in names:
+        if name not in known:
+            raise InputError(f"no option {name!r}: choose from {', '.join(known)}")
+    chosen = [RECIPE, *(name for name in (names or known) if name != RECIPE)]
+    for name in tqdm(chosen, desc="options", unit="option", disable=not show_progress):
+        path = folder / name.replace(" ", "_")
+        if not path.with_suffix(".json").is_file():
+            _measure(known[name], course_pairs, profile.dims, seed).save(path)
+    results = {name: Results.load(folder / name.replace(" ", "_")) for name in chosen}
+    return [_row(name, known[name], results) for name in chosen]
+
+
+def _measure(option: Option, course_pairs: pd.DataFrame, dims: Sequence[int], seed: int) -> Results:
+    """Train one option and measure it at all of the recipe's dims, whatever it was trained on."""
+    profile = option.profile
+    dataset = pairs.split(course_pairs)
+    if option.leak:
+        every_other = range(0, len(dataset["validation"]), 2)
+        dataset["train"] = dataset["validation"].select(every_other)
+        dataset["validation"] = dataset["validation"].select(range(1, len(dataset["validation"]), 2))
+    if option.passages is not None:
+        few = set(list(dict.fromkeys(dataset["train"]["passage_id"]))[: option.passages])
+        dataset["train"] = dataset["train"].filter(lambda row: row["passage_id"] in few)
+    device = hardware.device()
+    model = base_models.load(profile.base_model, profile.max_seq_length, device).model
+    with tempfile.TemporaryDirectory() as work:
+        log = training.train(model, dataset, profile, Path(work), seed)
+    task = evaluation.build_task(dataset, "validation", corpus="own")
+    results = evaluation.evaluate(model, task, dims, hardware.precision(device))
+    return Results(
+        results.table, {**results.info, **{key: log.info[key] for key in ("pairs_seen", "seconds", "steps")}}
+    )
+
+
+def _row(name: str, option: Option, results: Mapping[str, Results]) -> dict[str, Any]:
+    found = results[name]
+    row: dict[str, Any] = {"option": name, "why": option.why, "against": option.against}
+    row |= {key: found.info[key] for key in ("pairs_seen", "seconds", "queries")}
+    # Compared on the questions that both were asked.
+    other = results.get(option.against, found).table
+    both = Results(other[other["question_id"].isin(found.table["question_id"])], {})
+    for dim in found.dims:
+        row[str(dim)] = asdict(found.interval(dim))
+        row[f"{dim} difference"] = asdict(found.difference(both, dim)) if name != RECIPE else None
+    return row
+
+
+def merging(
+    base: SentenceTransformer, tuned: SentenceTransformer, tasks: Mapping[str, Task], dims: Sequence[int]
+) -> list[dict[str, Any]]:
+    """ndcg@10 on several tasks along the straight line from the base model's weights to the tuned ones.
+
+    Args:
+        base: of the same shape as `tuned`, rotated too if that is.
+        tuned: the fine-tuned model.
+        tasks: by name, for example the validation questions and general ones.
+        dims: at which dimensions.
+
+    Returns:
+        records of weight, task, dim, value, low, high.
+    """
+    rows: list[dict[str, Any]] = []
+    precision = hardware.precision(tuned.device.type)
+    for weight in tqdm((0.0, *MERGE_WEIGHTS, 1.0), desc="merging", unit="weight"):
+        model = base_models.merge(base, tuned, weight)
+        for name, results in evaluation.evaluate_tasks(model, tasks, dims, precision).items():
+            rows += [{"weight": weight, "task": name, "dim": dim, **asdict(results.interval(dim))} for dim in dims]
+    return rows
+
+
+def merging_of_run(run_dir: Path, general: Task) -> list[dict[str, Any]]:
+    """`merging` for a finished run of the course: its validation questions, and general ones.
+
+    Raises:
+        InputError: the run has not come to chapter 04.
+    """
+    log = training.TrainingRun.load(run_dir / "model" / "training.json")
+    dataset = pairs.load(run_dir / "pairs")
+    device = hardware.device()
+    base, tuned = (base_models.load(str(run_dir / name), device=device).model for name in ("base_model", "model"))
+    profile = get_profile(log.info["profile"]["name"])
+    if profile.rotate:
+        training.rotate(base, dataset, profile)
+    tasks = {"tax law": evaluation.build_task(dataset, "validation"), "general": general}
+    return merging(base, tuned, tasks, log.info["dims"])
+
+
+def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """What `run` returned, for people: ndcg@10 of the recipe, then each option's difference."""
+    dims = [key for key in table[0] if key.isdigit()]
+    lines = ["| option | pairs/s | " + " | ".join(dims) + " |", "| --- | ---: |" + " ---: |" * len(dims)]
+    for row in table:
+        cells = []
+        for dim in dims:
+            found = row[f"{dim} difference"] or row[dim]
+            half = max(found["high"] - found["value"], found["value"] - found["low"])
+            sign = "" if row["option"] == RECIPE else "+"
+            cells.append(f"{found['value']:{sign}.3f} ± {half:.3f}")
+        lines.append(f"| {row['option']} | {row['pairs_seen'] / row['seconds']:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def save(options_table: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write both tables as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    content = {"options": list(options_table), "merging": list(merged)}
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

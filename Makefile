@@ -1,5 +1,6 @@
 # make course: the whole course on this machine; make test: every check; make lab: open the
-# notebooks; make bench: compare every way to search, after make course.
+# notebooks; make bench: compare every way to search, after make course; make experiments: what each setting of the
+# training does, after make course, about an hour; make publish: take a run's notebooks and figures into the project.
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: course test lab bench publish
+.PHONY: course test lab bench experiments publish
 
 course: $(VENV)/installed
 	$(BIN)/python -m bmf_matryoshka run
@@ -23,6 +24,9 @@ lab: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bmf_matryoshka bench
+
+experiments: $(VENV)/installed
+	$(BIN)/python -m bmf_matryoshka experiments
 
 publish: $(VENV)/installed
 	$(BIN)/python -m bmf_matryoshka publish

@@ -10,7 +10,7 @@ import pytest
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 
-from bmf_matryoshka import base_models, course_data, pairs
+from bmf_matryoshka import base_models, course_data, dry_run, memory, pairs
 from bmf_matryoshka.profiles import E5_SMALL, SMOKE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def model() -> SentenceTransformer:
     """The untuned small model; tests must not change it."""
     return base_models.load(E5_SMALL, max_seq_length=32).model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    """One layer of random weights in bge-m3's architecture; tests must not change it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    dry_run.build_model(memory.Shape(1, 32, 4, 64, 250_002, 514), folder / "built")
+    return base_models.load(str(folder / "built" / "model"), max_seq_length=32).model
 
 
 @pytest.fixture(scope="session")

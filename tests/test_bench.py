@@ -47,3 +47,6 @@ def test_every_way_to_search_is_measured_on_the_same_questions(model: SentenceTr
     np.testing.assert_array_equal(measured["untuned"].values(32), measured["fine_tuned"].values(32))
     assert measured["pca"].dims == [32]  # 42 training passages fit no more
     assert measured["pca"].values(32).mean() > measured["untuned"].values(32).mean()
+    # A turn changes nothing at the full width, and helps where vectors are cut.
+    np.testing.assert_allclose(measured["rotated"].values(384), measured["untuned"].values(384), atol=1e-9)
+    assert measured["rotated"].values(32).mean() > measured["untuned"].values(32).mean()

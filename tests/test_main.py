@@ -6,14 +6,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from bmf_matryoshka import base_models, pairs, training
+from bmf_matryoshka import base_models, bench, memory, pairs, training
 from bmf_matryoshka.__main__ import main
+from bmf_matryoshka.profiles import PROFILES, SMOKE
 
 from .conftest import ROOT
 
@@ -88,7 +90,7 @@ def test_bench_compares_every_way_to_search_of_a_run(
     assert "| BM25 | - |" in shown
     assert "| fine-tuned without Matryoshka, cut | 32 |" in shown
     rows = json.loads((tmp_path / "results" / "bench.json").read_text())
-    assert {row["system"] for row in rows} == {"bm25", "untuned", "random_projection", "pca", "plain", "fine_tuned"}
+    assert {row["system"] for row in rows} == set(bench.NAMES)
 
 
 def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(
@@ -132,6 +134,9 @@ def run(*arguments: object) -> int:
         (["--epochs", "0"], "--epochs 0.0: a number above 0 is needed"),
         (["--base-model", "no/such-folder-or-model"], "no/such-folder-or-model"),
         (["--pairs", "gone.csv"], "gone.csv: no such file"),
+        (["--set", "batchsize=8"], "--set batchsize=8: write name=value, with one of the names"),
+        (["--set", "chosen_by=100"], "chosen_by 100: choose mean, or one of the dims 384 128 32"),
+        (["--set", "batch_size=1000000"], "the profile smoke needs about "),
     ],
 )
 def test_train_refuses_bad_input_in_one_line_and_writes_nothing(
@@ -144,6 +149,51 @@ def test_train_refuses_bad_input_in_one_line_and_writes_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_or_finished_run_says_so(
+    base: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["train", "--pairs", foreign, "--base-model", base, "--profile", "smoke", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train", interrupt)
+        assert run(*arguments) == 130
+    assert capsys.readouterr().err == "interrupted; train goes on with --resume\n"
+    # Killed between the model's last byte and the removal of the checkpoints.
+    (tmp_path / "out").mkdir()
+    assert run(*arguments, "--resume") == 0
+    assert "the run was finished already" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    base: Path, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
+    arguments = ["train", "--pairs", foreign, "--base-model", base, "--profile", "smoke", "--out", tmp_path / "out"]
+    assert run(*arguments, "--report-to", "trackio") == 2
+    assert "trackio is not installed: pip install trackio" in capsys.readouterr().err
+
+
+def test_dry_run_reports_to_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    tiny = memory.Shape(1, 64, 4, 128, 250_002, 514)
+    monkeypatch.setitem(memory.SHAPES, SMOKE.base_model, tiny)
+    monkeypatch.setitem(PROFILES, "smoke", replace(SMOKE, dims=(64, 32), frozen_layers=0, rotate=False))
+    arguments = ["dry-run", "--profile", "smoke", "--max-seq-length", 16, "--folder", tmp_path]
+    assert run(*arguments, "--json", tmp_path / "report.json") == 0
+    shown = capsys.readouterr().out
+    assert "2 optimizer steps: " in shown
+    assert "after reloading the same" in shown
+    assert json.loads((tmp_path / "report.json").read_text())["shape"]["layers"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert run(*arguments, "--steps", 1) == 2
+    assert "--steps 1: at least 2" in capsys.readouterr().err
 
 
 def test_a_malformed_file_stops_train_and_evaluate(

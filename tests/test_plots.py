@@ -39,6 +39,22 @@ def test_the_loss_curve_starts_at_zero() -> None:
     assert axes.get_ylim()[0] == 0
 
 
+def test_merging_is_a_line_for_each_task_at_both_ends_of_the_dims() -> None:
+    rows = pd.DataFrame(
+        [
+            {"weight": weight, "task": task, "dim": dim, "value": weight + dim, "low": weight, "high": 1.0}
+            for weight in (0.0, 0.5, 1.0)
+            for task in ("tax law", "general")
+            for dim in (384, 64, 32)
+        ]
+    )
+    axes = plots.merging(rows, Figure().subplots())
+    lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+    names = ["tax law, 384 dims", "tax law, 32 dims", "general, 384 dims", "general, 32 dims"]
+    assert list(lines) == names
+    assert lines["general, 32 dims"] == [32.0, 32.5, 33.0]
+
+
 def test_the_histogram_shows_shares() -> None:
     axes = plots.lengths({"questions": [8, 9, 20], "passages": [100, 200]}, Figure().subplots())
     legend = axes.get_legend()

@@ -46,7 +46,7 @@ def test_settings_are_changed_by_name() -> None:
     texts = ["batch_size=64", "dims=(384, 64)", "attention=sdpa", "lora_rank=8", "chosen_by=mean", "learning_rate=1"]
     done = changed(LAPTOP, texts)
     assert (done.batch_size, done.dims, done.attention, done.lora_rank) == (64, (384, 64), "sdpa", 8)
-    assert changed(done, ["lora_rank=None", "dim_weights=(1.0, 2)"]).lora_rank is None
+    assert changed(done, ["lora_rank=None"]).lora_rank is None
     assert replace(done, name="x") == replace(
         LAPTOP, name="x", batch_size=64, dims=(384, 64), attention="sdpa", lora_rank=8, learning_rate=1
     )
@@ -75,7 +75,6 @@ def test_a_wrong_setting_is_named(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dim_weights": (1.0, 2.0)}, "2 dim_weights for the 5 dims 384 256 128 64 32: give one for each"),
         ({"dims_per_step": 6}, "dims_per_step 6: choose 1 to 5, or -1 for all"),
         ({"dims_per_step": 0}, "dims_per_step 0"),
         ({"chosen_by": 100}, "chosen_by 100: choose mean, or one of the dims 384 256 128 64 32"),

@@ -1,4 +1,6 @@
 import copy
+import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from transformers import TrainerCallback
 
 from bmf_matryoshka import base_models, training
 from bmf_matryoshka.batches import SimilarLengthBatchSampler
 from bmf_matryoshka.callbacks import LossError
 from bmf_matryoshka.errors import InputError
-from bmf_matryoshka.profiles import CARD, LAPTOP, SMOKE
+from bmf_matryoshka.profiles import CARD, COLAB, LAPTOP, SMOKE
+from bmf_matryoshka.training import CheckpointError
 
 
 def make_sampler(dataset: Dataset, batch_size: int, drop_last: bool = False) -> SimilarLengthBatchSampler:
@@ -96,7 +100,7 @@ def test_training_learns_keeps_the_best_checkpoint_and_restores_the_model(
     fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = dict(base_models.transformer(fresh).named_parameters())
-    names = [f"encoder.layer.{number}.output.dense.weight" for number in (5, 6)]
+    names = [f"encoder.layer.{number}.output.dense.weight" for number in (7, 8)]
     names += ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight"]
     before = [weights[name].detach().clone() for name in names]
     dropout = [module.p for module in fresh.modules() if isinstance(module, torch.nn.Dropout)]
@@ -110,7 +114,7 @@ def test_training_learns_keeps_the_best_checkpoint_and_restores_the_model(
     assert run.losses["loss"].iloc[-1] < run.losses["loss"].iloc[0]
     assert run.evaluations["step"].tolist() == [2, 4]
     kept = [torch.equal(weights[name], old) for name, old in zip(names, before, strict=True)]
-    assert kept == [True, False, True, True]  # the first six layers and the embeddings are frozen
+    assert kept == [True, False, True, True]  # the first eight layers and the embeddings are frozen
     assert [module.p for module in fresh.modules() if isinstance(module, torch.nn.Dropout)] == dropout
     assert all(weight.requires_grad for weight in fresh.parameters())
     (tmp_path / "training.json").write_text(run.to_json(), encoding="utf-8")
@@ -154,6 +158,121 @@ def test_a_loss_that_is_no_number_stops_the_run(fresh: SentenceTransformer, smal
         dict(fresh.named_parameters())["0.model.encoder.layer.11.output.dense.weight"].fill_(torch.nan)
     with pytest.raises(LossError, match=r"the loss is nan at step 1 \(learning rate .*, precision .*lower the"):
         training.train(fresh, small, replace(SMOKE, max_steps=2, batch_size=4), tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes there")
+def test_a_full_disk_stops_the_run_in_one_line_and_leaves_no_part_of_a_checkpoint(
+    model: SentenceTransformer, small: DatasetDict, tmp_path: Path
+) -> None:
+    profile = replace(SMOKE, max_steps=2, batch_size=4, train_seq_length=16)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, before[1]))  # a checkpoint's weights need 470 MB
+    try:
+        with pytest.raises(CheckpointError, match=r"of step 1 could not be written to .*make room .* --resume"):
+            training.train(copy.deepcopy(model), small, profile, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    profile = replace(profile, evaluations=1)
+    run = training.train(copy.deepcopy(model), small, profile, tmp_path, resume=True)
+    assert run.info["steps"] == 2
+    assert run.evaluations["step"].tolist() == [2]
+
+
+def test_the_checkpoint_kept_is_the_best_at_the_dim_that_was_named(
+    fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path
+) -> None:
+    fresh.max_seq_length = 32
+    run = training.train(fresh, small, replace(SMOKE, max_steps=4, evaluations=4, chosen_by=32), tmp_path)
+    key = "dim_32_cosine_ndcg@10"
+    assert run.info["chosen_by"] == key
+    scores = run.evaluations.set_index("step")[f"eval_{key}"]
+    assert run.info["best_step"] == scores.idxmax()
+    assert run.info["kept"][key] == pytest.approx(scores.max(), abs=training.KEPT_TOLERANCE)
+
+
+def test_a_checkpoint_that_is_not_what_it_was_is_noticed(
+    fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(trainer: Any) -> None:
+        with torch.no_grad():
+            for weight in base_models.transformer(trainer.model).parameters():
+                weight.zero_()
+
+    monkeypatch.setattr(SentenceTransformerTrainer, "_load_best_model", damage)
+    with pytest.raises(RuntimeError, match=r"the loaded model scores mean_cosine_ndcg@10 .*, its checkpoint scored"):
+        training.train(fresh, small, replace(SMOKE, max_steps=1, evaluations=1, batch_size=4), tmp_path)
+
+
+def test_activation_checkpointing_changes_no_number(
+    model: SentenceTransformer, small: DatasetDict, tmp_path: Path
+) -> None:
+    class Look(TrainerCallback):
+        def on_step_begin(self, *_: Any, **options: Any) -> None:
+            seen.append(base_models.transformer(options["model"]).is_activation_checkpointing)
+
+    seen: list[bool] = []
+    losses = []
+    for on in (False, True):
+        profile = replace(SMOKE, max_steps=2, evaluations=1, batch_size=4, activation_checkpointing=on)
+        changed = copy.deepcopy(model)
+        run = training.train(changed, small, profile, tmp_path / str(on), callbacks=[Look()])
+        losses.append(run.losses["loss"].tolist())
+        assert not base_models.transformer(changed).is_activation_checkpointing
+    assert seen == [False, False, True, True]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_adapters_train_beside_frozen_weights_and_leave_a_plain_model(
+    fresh: SentenceTransformer, small: DatasetDict, tmp_path: Path
+) -> None:
+    names = [name for name, _ in fresh.named_parameters()]
+    before = {name: weight.detach().clone() for name, weight in fresh.named_parameters()}
+    fresh.max_seq_length = 32
+    profile = replace(SMOKE, max_steps=3, evaluations=1, lora_rank=4, learning_rate=1e-3, rotate=False)
+    run = training.train(fresh, small, profile, tmp_path)
+    after = dict(fresh.named_parameters())
+    assert list(after) == names
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all(name.endswith(("query.weight", "key.weight", "value.weight", "dense.weight")) for name in changed)
+    assert not any("embeddings" in name or "pooler" in name for name in changed)
+    assert run.info["steps"] == 3
+    base_models.save(fresh, tmp_path / "model")
+    again = base_models.load(str(tmp_path / "model"), 32).model
+    assert torch.equal(dict(again.named_parameters())[names[50]], after[names[50]])
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(0.0, [1.0, 1.0, 1.0]), (0.5, [1.0, 2.0, 4.0])])
+def test_weights_reach_the_loss(model: SentenceTransformer, exponent: float, expected: list[float]) -> None:
+    dims = (384, 96, 24)
+    loss = training.build_loss(model, dims, weight_exponent=exponent)
+    assert list(loss.matryoshka_weights) == expected
+    features = [model.preprocess([f"{word} {n}" for n in range(6)]) for word in ("Frage", "Absatz")]
+    with torch.no_grad():
+        vectors = [model(copy.copy(f))["sentence_embedding"] for f in features]
+        value = float(loss([copy.copy(f) for f in features], torch.empty(0)))
+    normal = torch.nn.functional.normalize
+    by_hand = [
+        torch.nn.functional.cross_entropy(
+            20 * normal(vectors[0][:, :dim], dim=1) @ normal(vectors[1][:, :dim], dim=1).T, torch.arange(6)
+        )
+        for dim in dims
+    ]
+    assert value == pytest.approx(sum(w * float(x) for w, x in zip(expected, by_hand, strict=True)), rel=1e-4)
+
+
+def test_a_t4_trains_in_float16_without_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(training, "SentenceTransformerTrainingArguments", lambda **options: seen.update(options))
+    for profile, precision, expected in (
+        (COLAB, "float16", (False, True, None)),
+        (CARD, "float16", (False, True, None)),  # as a T4 would run the card: it has no tf32
+        (CARD, "bfloat16", (True, False, True)),
+    ):
+        training.build_arguments(profile, tmp_path, "cuda", precision, 1, {})  # type: ignore[arg-type]
+        assert (seen["bf16"], seen["fp16"], seen["tf32"]) == expected
+        assert not seen["use_cpu"]
 
 
 def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:

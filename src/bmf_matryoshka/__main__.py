@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,13 +21,16 @@ USUAL_DIMS = (1024, 768, 512, 384, 256, 128, 64, 32)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 for success, 1 for a failed chapter, 2 for bad input."""
+    """Run a command; 0 for success, 1 for a failed chapter or training, 2 for bad input, 130 if interrupted."""
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.command(parsed))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; train goes on with --resume", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,10 +156,14 @@ def _profile(arguments: argparse.Namespace) -> Profile:
 
 def _train(arguments: argparse.Namespace) -> int:
     profile = _profile(arguments)
-    if arguments.out.exists():
-        raise InputError(f"--out {arguments.out} exists: name a new folder or remove it")
     # Beside the output, so that it is on the same disk; it stays when the run is interrupted.
     work = arguments.out.parent / f".{arguments.out.name}-checkpoints"
+    if arguments.resume and arguments.out.exists() and work.exists():
+        shutil.rmtree(work)
+        print(f"the run was finished already; the model is in {arguments.out}")
+        return 0
+    if arguments.out.exists():
+        raise InputError(f"--out {arguments.out} exists: name a new folder or remove it")
     if any(work.glob("checkpoint-*")) and not arguments.resume:
         raise InputError(f"{work} holds an interrupted run: add --resume to go on with it, or remove the folder")
     dataset = _read(arguments.pairs, profile)
@@ -282,14 +290,15 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _read(path: Path, profile: Profile) -> "DatasetDict":
-    from . import pairs
+    from . import hardware, pairs
 
     table, columns = pairs.read_file(path)
     renamed = {role: name for role, name in columns.items() if role != name}
-    if renamed:
+    if renamed and hardware.is_first_process():
         print("columns taken: " + ", ".join(f"{name} as {role}" for role, name in renamed.items()))
     dataset = pairs.split(table, profile.split, profile.shares)
-    print(f"{path}: {len(table)} pairs: " + ", ".join(f"{len(part)} {name}" for name, part in dataset.items()))
+    if hardware.is_first_process():
+        print(f"{path}: {len(table)} pairs: " + ", ".join(f"{len(part)} {name}" for name, part in dataset.items()))
     return dataset
 
 

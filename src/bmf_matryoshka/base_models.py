@@ -93,23 +93,39 @@ def save(model: SentenceTransformer, folder: Path, texts: Mapping[str, str] | No
             (part / name).write_text(text, encoding="utf-8")
 
 
-def rotate(model: SentenceTransformer, embeddings: NDArray[np.float32]) -> None:
-    """Turn the model's vectors onto the principal axes of some embeddings, the strongest axis first.
+def principal_axes(anchors: NDArray[np.float32], positives: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The orthonormal axes that keep the most of the pairs' inner products in the first k, for any k.
 
-    The turn is orthogonal: at the full width every cosine stays what it was, but the first dimensions now hold the most
-    of each vector, so that cutting loses less. It is a linear layer without bias before the normalisation, trained and
-    saved with the rest. The axes are the eigenvectors of the embeddings' matrix of products, uncentred (Eckart and
-    Young 1936: no other choice of directions keeps more of their squared length in the first k, for any k).
+    The inner products of all pairs add up to the trace of C = anchors.T @ positives; what some axes v keep of it is the
+    sum of v.T C v, in which only the symmetric part of C counts. So the axes are the eigenvectors of (C + C.T) / 2, the
+    largest eigenvalue first (Ky Fan 1949: no k orthonormal directions give a larger sum). Not centred, since cosines
+    are measured from the origin.
+
+    Args:
+        anchors: shape (pairs, width).
+        positives: shape (pairs, width).
+
+    Returns:
+        shape (width, width), an axis a row.
+    """
+    products = np.asarray(anchors, np.float64).T @ positives
+    axes = np.linalg.eigh((products + products.T) / 2)[1].T[::-1]  # eigh sorts ascending
+    return np.ascontiguousarray(axes, np.float32)
+
+
+def rotate(model: SentenceTransformer, axes: NDArray[np.float32]) -> None:
+    """Turn the model's vectors onto orthonormal axes.
+
+    At the full width every cosine stays what it was, but the first dimensions now hold what the first axes measure. The
+    turn is a linear layer without bias before the normalisation, trained and saved with the rest.
 
     Args:
         model: changed in place; its last module normalises.
-        embeddings: what the axes are fitted on, shape (texts, width).
+        axes: shape (width, width), an axis a row; for a cut that loses little, the `principal_axes` of pairs.
     """
     size = width(model)
-    rows = np.asarray(embeddings, np.float64)
-    axes = np.linalg.eigh(rows.T @ rows)[1].T[::-1].copy()  # eigh sorts ascending
     turn = Dense(
-        size, size, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.tensor(axes).float()
+        size, size, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.from_numpy(axes.copy())
     )
     model.insert(len(model) - 1, turn.to(model.device))
 

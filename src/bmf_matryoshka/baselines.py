@@ -60,6 +60,15 @@ def pca(fitted_on: Embeddings, queries: Embeddings, corpus: Embeddings, task: Ta
     return Results(score(turned[0], turned[1], task, possible), info)
 
 
+def rotated(axes: Embeddings, queries: Embeddings, corpus: Embeddings, task: Task, dims: Sequence[int]) -> Results:
+    """The model's vectors turned onto orthonormal axes (see `base_models.principal_axes`) before they are cut.
+
+    At the full width nothing changes.
+    """
+    info = {"queries": len(task.queries), "passages": len(task.corpus), "method": "principal axes of training pairs"}
+    return Results(score(queries @ axes.T, corpus @ axes.T, task, dims), info)
+
+
 def random_projection(
     queries: Embeddings, corpus: Embeddings, task: Task, dims: Sequence[int], seed: int = 0
 ) -> Results:

@@ -32,7 +32,7 @@ class SimilarLengthBatchSampler(DefaultBatchSampler):
         waiting = deque((self.lengths * noise).argsort().tolist())
         batches = [self._fill(waiting) for _ in range(len(self))]
         for number in torch.randperm(len(batches), generator=generator).tolist():
-            if batches[number]:
+            if len(batches[number]) >= (self.batch_size if self.drop_last else 1):
                 yield batches[number]
 
     def _fill(self, waiting: deque[int]) -> list[int]:

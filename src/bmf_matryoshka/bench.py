@@ -12,12 +12,14 @@ from sentence_transformers import SentenceTransformer
 
 from . import baselines, evaluation, hardware, retrieval
 from .evaluation import Results, Task
+from .training import principal_axes
 
 NAMES = {
     "bm25": "BM25",
     "untuned": "untuned, cut",
     "random_projection": "untuned, random projection",
     "pca": "untuned, PCA",
+    "rotated": "untuned, rotated and cut",
     "plain": "fine-tuned without Matryoshka, cut",
     "fine_tuned": "fine-tuned with Matryoshka, cut",
 }
@@ -37,7 +39,8 @@ def measure(
 
     Args:
         models: "untuned" and any further ones, by their names in `NAMES`.
-        dataset: what `pairs.split` returned; the PCA is fitted on its training passages.
+        dataset: what `pairs.split` returned; the PCA is fitted on its training passages, the rotation on its
+            training pairs.
         task: what is searched.
         dims: at which dimensions, descending.
         precision: to encode in.
@@ -52,9 +55,11 @@ def measure(
         return retrieval.encode(models["untuned"], texts, kind, precision, None, show_progress, cache)
 
     queries, corpus = embed(list(task.queries.values()), "query"), embed(list(task.corpus.values()), "passage")
-    training = embed(list(dict.fromkeys(dataset["train"]["positive"])), "passage")
-    if len(training) >= min(dims):
-        results["pca"] = baselines.pca(training, queries, corpus, task, dims)
+    fitted_on = embed(list(dict.fromkeys(dataset["train"]["positive"])), "passage")
+    if len(fitted_on) >= min(dims):
+        results["pca"] = baselines.pca(fitted_on, queries, corpus, task, dims)
+    axes = principal_axes(models["untuned"], dataset["train"], show_progress, cache)
+    results["rotated"] = baselines.rotated(axes, queries, corpus, task, dims)
     results["random_projection"] = baselines.random_projection(queries, corpus, task, dims)
     return results
 

@@ -2,11 +2,12 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -87,7 +88,7 @@ def run(
     chooser = "validation" if "validation" in dataset else "test"
     few = set(list(dict.fromkeys(dataset[chooser]["passage_id"]))[:TEST_PASSAGES])
     dataset[chooser] = dataset[chooser].filter(lambda row: row["passage_id"] in few)
-    before = _peak(device)
+    before = 0 if device.startswith("cuda") else psutil.Process().memory_info().rss
     model = base_models.load(str(folder / "base" / "model"), tried.max_seq_length, device).model
     dims = tried.dims_for(base_models.width(model))
     timer = StepTimer()
@@ -129,6 +130,23 @@ def as_text(report: Mapping[str, Any]) -> str:
             f"ndcg@10 (random weights: no quality) {dims}; after reloading {same}",
         ]
     )
+
+
+def as_markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Several reports as a table."""
+    lines = [
+        "| profile | parameters | device, precision | batch | tokens | seconds a step | peak memory | estimated |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for report in reports:
+        profile = report["profile"]
+        seconds = sum(report["seconds_a_step"]) / len(report["seconds_a_step"])
+        lines.append(
+            f"| `{profile['name']}` | {report['parameters'] / 1e6:.0f} M | {report['device']}, {report['precision']} | "
+            f"{profile['batch_size']} | {profile['max_seq_length']} | {seconds:.0f} | "
+            f"{report['peak_bytes'] / 1e9:.1f} GB | {report['estimated_bytes'] / 1e9:.1f} GB |"
+        )
+    return "\n".join(lines)
 
 
 def _longest(train: Dataset, number: int) -> Dataset:

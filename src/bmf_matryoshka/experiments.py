@@ -17,10 +17,10 @@ from .evaluation import Results, Task
 from .profiles import Profile, get_profile
 
 RECIPE = "the recipe"
-MANY_EPOCHS = 6
-STEPS = 40
+MANY_EPOCHS = 4
+STEPS = 20
 """Optimizer steps of each experiment: enough to tell options apart, a third of a whole run."""
-FEW_PASSAGES = 150
+FEW_PASSAGES = 80
 """Training passages of the experiment with many epochs."""
 MERGE_WEIGHTS = (0.25, 0.5, 0.75)
 
@@ -35,7 +35,7 @@ class Option:
     """Train on this many passages alone."""
     leak: bool = False
     """Train on the validation passages themselves, with every other question; the rest is asked afterwards."""
-    against: str = "the recipe"
+    against: str = RECIPE
     """The option that this one is compared with."""
 
 
@@ -43,7 +43,6 @@ def options(profile: Profile) -> dict[str, Option]:
     """Every option by its name, the recipe first; all see the same number of pairs unless they are about that."""
     recipe = replace(profile, max_steps=STEPS, evaluations=1)
     batch, dims = recipe.batch_size, recipe.dims
-    small_first = tuple(1.0 + rank for rank in range(len(dims)))
 
     def change(why: str, **settings: Any) -> Option:
         return Option(replace(recipe, **settings), why)
@@ -52,14 +51,12 @@ def options(profile: Profile) -> dict[str, Option]:
     many = replace(few, epochs=MANY_EPOCHS)
     many_epochs = f"{FEW_PASSAGES} passages, {MANY_EPOCHS} epochs"
     return {
-        RECIPE: change(""),
+        RECIPE: change(f"the first {STEPS} steps' worth of the profile {profile.name}"),
         "no rotation": change("training starts from the model's own axes", rotate=False),
-        "weights " + " ".join(f"{weight:.0f}" for weight in small_first): change(
-            "the smallest dimension counts most", dim_weights=small_first
-        ),
+        "equal weights": change("the loss of each dimension counts once", weight_exponent=0.0),
+        "milder weights": change("a dimension a quarter as large counts twice", weight_exponent=0.5),
         "full dimension left out": change("as the card did", dims=dims[1:], full_dimension=False),
         "2 dims a step": change("less to compute in the loss, which costs little anyway", dims_per_step=2),
-        "no Matryoshka": change("the full dimension alone", dims=dims[:1], full_dimension=False),
         f"batch {batch // 2}": change(
             "fewer wrong answers a question", batch_size=batch // 2, max_steps=STEPS * 2
         ),
@@ -68,12 +65,10 @@ def options(profile: Profile) -> dict[str, Option]:
             batch_size=batch * 2, mini_batch_size=batch, max_steps=STEPS // 2,
         ),
         "columns reversed": change("as the card did: passages look for questions", columns=("positive", "anchor")),
-        "scale 20": change("the library's default", scale=20.0),
-        "learning rate 2e-5": change("the card's", learning_rate=2e-5),
         "dropout .1": change("the model's default", dropout=True),
         "no layer frozen": change("the embeddings stay frozen", frozen_layers=0),
         "nothing frozen": change("all weights are trained", frozen_layers=0, train_token_embeddings=True),
-        "sdpa attention": change("the library's default", attention="sdpa"),
+        "eager attention": change("the fused one is the library's default", attention="eager"),
         "random batches": change("without duplicates, of all lengths", batches="no_duplicates"),
         f"cap of {recipe.max_seq_length} tokens": change("as in evaluation", train_seq_length=None),
         f"{FEW_PASSAGES} passages, 1 epoch": Option(few, "few pairs", FEW_PASSAGES),
@@ -117,12 +112,12 @@ def run(
     for name in tqdm(chosen, desc="options", unit="option", disable=not show_progress):
         path = folder / name.replace(" ", "_")
         if not path.with_suffix(".json").is_file():
-            _measure(known[name], course_pairs, profile.dims, seed).save(path)
+            _measure(known[name], course_pairs, profile.dims, seed, folder / "embeddings").save(path)
     results = {name: Results.load(folder / name.replace(" ", "_")) for name in chosen}
     return [_row(name, known[name], results) for name in chosen]
 
 
-def _measure(option: Option, course_pairs: pd.DataFrame, dims: Sequence[int], seed: int) -> Results:
+def _measure(option: Option, course_pairs: pd.DataFrame, dims: Sequence[int], seed: int, cache: Path) -> Results:
     """Train one option and measure it at all of the recipe's dims, whatever it was trained on."""
     profile = option.profile
     dataset = pairs.split(course_pairs)
@@ -136,7 +131,7 @@ def _measure(option: Option, course_pairs: pd.DataFrame, dims: Sequence[int], se
     device = hardware.device()
     model = base_models.load(profile.base_model, profile.max_seq_length, device).model
     with tempfile.TemporaryDirectory() as work:
-        log = training.train(model, dataset, profile, Path(work), seed)
+        log = training.train(model, dataset, profile, Path(work), seed, cache=cache)
     task = evaluation.build_task(dataset, "validation", corpus="own")
     results = evaluation.evaluate(model, task, dims, hardware.precision(device))
     return Results(
@@ -181,7 +176,7 @@ def merging(
 
 
 def merging_of_run(run_dir: Path, general: Task) -> list[dict[str, Any]]:
-    """`merging` for a finished run of the course: its validation questions, and general ones.
+    """`merging` for a finished run of the course: its validation questions among their passages, and general ones.
 
     Raises:
         InputError: the run has not come to chapter 04.
@@ -192,15 +187,19 @@ def merging_of_run(run_dir: Path, general: Task) -> list[dict[str, Any]]:
     base, tuned = (base_models.load(str(run_dir / name), device=device).model for name in ("base_model", "model"))
     profile = get_profile(log.info["profile"]["name"])
     if profile.rotate:
-        training.rotate(base, dataset, profile)
-    tasks = {"tax law": evaluation.build_task(dataset, "validation"), "general": general}
+        axes = training.principal_axes(base, dataset["train"], cache=run_dir / "embeddings")
+        base_models.rotate(base, axes)
+    tasks = {"tax law": evaluation.build_task(dataset, "validation", corpus="own"), "general": general}
     return merging(base, tuned, tasks, log.info["dims"])
 
 
 def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """What `run` returned, for people: ndcg@10 of the recipe, then each option's difference."""
+    """What `run` returned, for people: ndcg@10 of the recipe, then each option's difference from what it is against."""
     dims = [key for key in table[0] if key.isdigit()]
-    lines = ["| option | pairs/s | " + " | ".join(dims) + " |", "| --- | ---: |" + " ---: |" * len(dims)]
+    lines = [
+        "| option | what it is | pairs/s | " + " | ".join(dims) + " |",
+        "| --- | --- |" + " ---: |" * (len(dims) + 1),
+    ]
     for row in table:
         cells = []
         for dim in dims:
@@ -208,8 +207,22 @@ def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             half = max(found["high"] - found["value"], found["value"] - found["low"])
             sign = "" if row["option"] == RECIPE else "+"
             cells.append(f"{found['value']:{sign}.3f} ± {half:.3f}")
-        lines.append(f"| {row['option']} | {row['pairs_seen'] / row['seconds']:.0f} | " + " | ".join(cells) + " |")
+        against = "" if row["against"] == RECIPE else f"; against {row['against']}"
+        start = f"| {row['option']} | {row['why']}{against} | {row['pairs_seen'] / row['seconds']:.0f} |"
+        lines.append(f"{start} " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote: "options", as `run` returned them, and "merging", as `merging` did.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing: python -m bmf_matryoshka experiments makes it")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def save(options_table: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str, Any]], path: Path) -> None:

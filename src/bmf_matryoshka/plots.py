@@ -31,6 +31,7 @@ LINES: tuple[dict[str, Any], ...] = (
     {"color": "#3b7d3b", "linestyle": ":", "marker": "^"},
     {"color": "#6b4c9a", "linestyle": "-.", "marker": "D"},
     {"color": "#555555", "linestyle": (0, (1, 3)), "marker": "v"},
+    {"color": "#b8860b", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "P"},
 )
 
 
@@ -84,6 +85,23 @@ def loss_curve(losses: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("Matryoshka loss (sum over dimensions)")
     ax.set_ylim(bottom=0)
+    return ax
+
+
+def merging(rows: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw ndcg@10 against the weight of the fine-tuned model, for each task at its largest and smallest dimension.
+
+    Args:
+        rows: what `experiments.merging` returned: columns weight, task, dim, value, low, high.
+        ax: where to draw.
+    """
+    ends = rows[rows["dim"].isin([rows["dim"].max(), rows["dim"].min()])]
+    for ((task, dim), curve), line in zip(ends.groupby(["task", "dim"], sort=False), LINES, strict=False):
+        ax.plot(curve["weight"], curve["value"], label=f"{task}, {dim} dims", **line)
+        ax.fill_between(curve["weight"], curve["low"], curve["high"], color=line["color"], alpha=0.15, linewidth=0)
+    ax.set_xlabel("weight of the fine-tuned model (0: base model)")
+    ax.set_ylabel("ndcg@10 (band: 95 % interval)")
+    ax.legend()
     return ax
 
 

@@ -36,12 +36,12 @@ class Profile:
     """Share of all optimizer steps in which the learning rate rises."""
     scale: float = 20.0
     """What cosines are multiplied by in the loss (one over the temperature)."""
-    dim_weights: tuple[float, ...] | None = None
-    """A weight for the loss of each trained dimension, in their order; None for 1 each."""
+    weight_exponent: float = 0.0
+    """The loss at a dimension d of D at most weighs (D / d) to this power; 0 for equal weights."""
     dims_per_step: int = -1
     """Train only this many dimensions, drawn anew, in each step; -1 for all."""
     rotate: bool = False
-    """Start from the principal axes of the training passages (see `base_models.rotate`)."""
+    """Start from the principal axes of the training pairs (see `base_models.principal_axes`)."""
     chosen_by: int | Literal["mean"] = "mean"
     """The checkpoint kept is the best by ndcg@10 at this dimension, or by the mean over the dimensions."""
     evaluations: int | None = None
@@ -84,8 +84,6 @@ class Profile:
         dims = (width, *self.dims) if self.full_dimension and width not in self.dims else self.dims
         check_dims(dims, width)
         text = " ".join(str(dim) for dim in dims)
-        if self.dim_weights is not None and len(self.dim_weights) != len(dims):
-            raise InputError(f"{len(self.dim_weights)} dim_weights for the {len(dims)} dims {text}: give one for each")
         if self.dims_per_step != -1 and not 1 <= self.dims_per_step <= len(dims):
             raise InputError(f"dims_per_step {self.dims_per_step}: choose 1 to {len(dims)}, or -1 for all")
         if self.chosen_by != "mean" and self.chosen_by not in dims:
@@ -169,16 +167,17 @@ LAPTOP = Profile(
     batch_size=32,
     gradient_accumulation_steps=1,
     epochs=1,
-    max_steps=110,
+    max_steps=50,
     evaluations=2,
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     warmup=0.1,
     scale=60.0,
     batches="similar_length",
     dropout=False,
     train_token_embeddings=False,
-    frozen_layers=6,
-    attention="eager",
+    frozen_layers=8,
+    rotate=True,
+    weight_exponent=1.0,
 )
 
 SMOKE = Profile(
@@ -196,8 +195,8 @@ SMOKE = Profile(
     batches="similar_length",
     dropout=False,
     train_token_embeddings=False,
-    frozen_layers=6,
-    attention="eager",
+    frozen_layers=8,
+    rotate=True,
     max_steps=6,
     evaluations=2,
     max_passages=60,

@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from sentence_transformers import (
     SentenceTransformer,
@@ -84,7 +86,7 @@ def build_loss(
     dims: Sequence[int],
     scale: float = 20.0,
     mini_batch_size: int | None = None,
-    weights: Sequence[float] | None = None,
+    weight_exponent: float = 0.0,
     dims_per_step: int = -1,
 ) -> MatryoshkaLoss:
     """MatryoshkaLoss over MultipleNegativesRankingLoss or its cached form.
@@ -94,7 +96,7 @@ def build_loss(
         dims: trained dimensions.
         scale: what cosines are multiplied by.
         mini_batch_size: a number switches to the cached loss.
-        weights: one for each dim; None for 1 each.
+        weight_exponent: the loss at a dim weighs (largest dim / dim) to this power.
         dims_per_step: train only this many of the dims in each step; -1 for all.
     """
     # With several processes, each question is told apart from the passages of all of them.
@@ -106,7 +108,8 @@ def build_loss(
         base = CachedMultipleNegativesRankingLoss(
             model, scale=scale, mini_batch_size=mini_batch_size, gather_across_devices=gather
         )
-    return MatryoshkaLoss(model, base, list(dims), list(weights) if weights else None, dims_per_step)
+    weights: list[float | int] = [(dims[0] / dim) ** weight_exponent for dim in dims]
+    return MatryoshkaLoss(model, base, list(dims), weights, dims_per_step)
 
 
 def build_arguments(
@@ -121,7 +124,7 @@ def build_arguments(
     """The trainer's arguments for a profile on this machine."""
     when: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     if profile.evaluations is not None:
-        share = 1 / profile.evaluations
+        share = min(1 / profile.evaluations, 1 - 1e-9)  # the trainer takes 1 as "after each step"
         when = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": share, "save_steps": share}
     several = hardware.processes() > 1
     return SentenceTransformerTrainingArguments(
@@ -169,6 +172,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     report_to: str = "none",
+    cache: Path | None = None,
 ) -> TrainingRun:
     """Train the model in place; afterwards it holds the checkpoint that `profile.chosen_by` calls the best.
 
@@ -184,6 +188,7 @@ def train(
         resume: go on from the last whole checkpoint in `work`; without one, start anew.
         callbacks: called by the trainer as well, for example a `LivePlot`.
         report_to: "none", "tensorboard" or "trackio", which must be installed.
+        cache: keeps the base model's embeddings, from which `profile.rotate` finds its axes.
 
     Raises:
         InputError: the profile's dims do not fit the model, or a package that the profile needs is not installed.
@@ -200,9 +205,12 @@ def train(
     evaluator = MatryoshkaEvaluator(task, dims, precision)
     prompts = {"anchor": model.prompts.get("query") or "", "positive": model.prompts.get("document") or ""}
     model.model_card_data.generate_widget_examples = False
+    model.model_card_data.widget = [
+        {}
+    ]  # otherwise the trainer draws examples for a model card, behind a bar of its own
     start = time.perf_counter()
     if profile.rotate:
-        rotate(model, dataset, profile)
+        base_models.rotate(model, principal_axes(model, dataset["train"], cache=cache))
     if resume:
         _remove_partial(work)
     with _settings(model, profile), base_models.quiet_transformers():
@@ -211,7 +219,7 @@ def train(
             args=build_arguments(profile, work, device, precision, seed, prompts, report_to),
             train_dataset=dataset["train"].select_columns(list(profile.columns)),
             loss=build_loss(
-                model, dims, profile.scale, profile.mini_batch_size, profile.dim_weights, profile.dims_per_step
+                model, dims, profile.scale, profile.mini_batch_size, profile.weight_exponent, profile.dims_per_step
             ),
             evaluator=evaluator,
             callbacks=[ProgressBar(), LogFile(), LossGuard(precision), *callbacks],
@@ -249,19 +257,34 @@ def train(
     return TrainingRun(state.log_history, info)
 
 
-def rotate(model: SentenceTransformer, dataset: DatasetDict, profile: Profile) -> None:
-    """Turn the model onto the principal axes of the training passages (see `base_models.rotate`)."""
-    length = model.max_seq_length
-    model.max_seq_length = profile.train_seq_length or length
-    passages = list(dict.fromkeys(dataset["train"]["positive"]))
-    embeddings = retrieval.encode(model, passages, "passage", hardware.precision(model.device.type))
-    model.max_seq_length = length
-    base_models.rotate(model, embeddings)
+def principal_axes(
+    model: SentenceTransformer, train: Dataset, show_progress: bool = False, cache: Path | None = None
+) -> NDArray[np.float32]:
+    """The principal axes of the training pairs' vectors, shape (width, width) (see `base_models.principal_axes`).
+
+    Args:
+        model: encodes them.
+        train: the training split.
+        show_progress: show bars.
+        cache: see `retrieval.encode`.
+    """
+    precision = hardware.precision(model.device.type)
+    passages = list(dict.fromkeys(train["positive"]))
+    place = {text: row for row, text in enumerate(passages)}
+    own = [place[text] for text in train["positive"]]
+    positives = retrieval.encode(model, passages, "passage", precision, None, show_progress, cache)[own]
+    anchors = retrieval.encode(model, list(train["anchor"]), "query", precision, None, show_progress, cache)
+    return base_models.principal_axes(anchors, positives)
 
 
 def save(model: SentenceTransformer, run: TrainingRun, folder: Path, work: Path) -> None:
-    """Save the trained model with its log, then remove the checkpoints, which take several times its space."""
-    base_models.save(model, folder, {"training.json": run.to_json()})
+    """Save the trained model with its log, replacing an older one, then remove the checkpoints.
+
+    Whatever is cut short here stays inside `work`.
+    """
+    base_models.save(model, work / "model", {"training.json": run.to_json()})
+    shutil.rmtree(folder, ignore_errors=True)
+    (work / "model").rename(folder)
     shutil.rmtree(work)
 
 

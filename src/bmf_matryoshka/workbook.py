@@ -19,7 +19,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from . import bench
+from . import bench, dry_run
 from .errors import InputError
 from .evaluation import Results
 from .metrics import Interval
@@ -240,12 +240,16 @@ def as_exercise(notebook: NotebookNode) -> NotebookNode:
 def publish(run_dir: Path, root: Path) -> None:
     """Take a run's executed notebooks, figures and numbers into the project, and derive the exercises anew.
 
-    The blocks `results` and `comparison` of README and `difficulty` of the datasheet are written from the numbers.
+    The blocks `results`, `comparison` and `dry-run` of README and `difficulty` of the datasheet are written from the
+    numbers.
     """
     for path in chapters(run_dir / "notebooks"):
         _write(_without_run(nbformat.read(path, as_version=4)), root / "notebooks" / "solutions" / path.name)
     for path in sorted((run_dir / "figures").iterdir()):
         shutil.copyfile(path, root / "figures" / path.name)
+    experiments = run_dir / "results" / "experiments.json"
+    if experiments.is_file():
+        shutil.copyfile(experiments, root / "figures" / experiments.name)
     derive_exercises(root / "notebooks" / "solutions", root / "notebooks")
     readme = root / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8"), root / "figures"), encoding="utf-8")
@@ -256,7 +260,9 @@ def publish(run_dir: Path, root: Path) -> None:
 def with_results(readme: str, figures: Path) -> str:
     """The README with the blocks of results that belong to the figures."""
     readme = fill(readme, "results", f"```\n{summary(figures / 'results.json')}\n```")
-    return fill(readme, "comparison", bench.as_markdown(_comparison(figures)))
+    readme = fill(readme, "comparison", bench.as_markdown(_comparison(figures)))
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(figures.glob("dry_run_*.json"))]
+    return fill(readme, "dry-run", dry_run.as_markdown(reports))
 
 
 def with_difficulty(datasheet: str, figures: Path) -> str:

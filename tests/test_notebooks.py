@@ -148,8 +148,7 @@ def test_the_published_run_tells_ways_to_search_apart() -> None:
     assert value["bm25", 0, "fachlich"] > value["bm25", 0, "alltag"] + 0.1
     assert value["fine_tuned", 64, "all"] >= 0.9 * value["fine_tuned", 384, "all"]
     assert value["fine_tuned", 32, "all"] >= 2 * value["untuned", 32, "all"]
-    for name in ("rotated", "plain"):
-        assert value["fine_tuned", 32, "all"] > value[name, 32, "all"]
+    assert value["fine_tuned", 32, "all"] > value["rotated", 32, "all"] + 0.02
     assert all(row["high"] - row["low"] < 0.08 for row in rows if row["slice"] == "all")
 
 

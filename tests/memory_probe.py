@@ -4,7 +4,6 @@ Run by test_memory in a process of its own: `python -m tests.memory_probe JSON`.
 """
 
 import json
-import resource
 import sys
 from dataclasses import replace
 
@@ -43,14 +42,10 @@ def texts(number: int, tokens: int, vocabulary: int) -> Features:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main(argument: str) -> None:
     sizes, changes, tokens, precision = json.loads(argument)
     shape, profile = memory.Shape(**sizes), replace(CARD, **changes)
-    before = peak()
+    before = memory.peak("cpu")
     model = Encoder(shape, profile).train()
     loss = MultipleNegativesRankingLoss(model)  # type: ignore[arg-type]  # the encoder above stands in for the model
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -62,7 +57,7 @@ def main(argument: str) -> None:
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(peak() - before)
+    print(memory.peak("cpu") - before)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """A profile's whole training at full size without its weights: random ones in the real shape, on the real code path."""
 
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,7 +91,7 @@ def run(
     dims = tried.dims_for(base_models.width(model))
     timer = StepTimer()
     log = training.train(model, dataset, tried, folder / "checkpoints", callbacks=[timer])
-    peak = _peak(device) - before
+    peak = memory.peak(device) - before
     training.save(model, log, folder / "trained", folder / "checkpoints")
     task = evaluation.build_task(dataset, chooser, "passage", corpus="own")
     trained = evaluation.evaluate(model, task, dims, precision)
@@ -153,11 +151,3 @@ def _longest(train: Dataset, number: int) -> Dataset:
     """One pair of each of the longest passages."""
     table = train.to_pandas().drop_duplicates("passage_id")
     return train.select(table["positive"].str.len().sort_values(ascending=False).index[:number].tolist())
-
-
-def _peak(device: str) -> int:
-    """The most bytes that this process has held so far, on the device."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

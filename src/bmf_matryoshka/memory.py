@@ -1,6 +1,7 @@
 """How much memory training needs at its peak, known before anything is loaded."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,19 @@ def available(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def peak(device: str) -> int:
+    """The most bytes that this process has held so far, on the device; what it holds now where only that is known."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage, whose figure a process inherits from the one that started it.
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if found:
+            return int(found[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
 def check_fits(shape: Shape, profile: Profile, device: str, precision: Precision) -> Memory:

@@ -262,7 +262,7 @@ def with_results(readme: str, figures: Path) -> str:
     readme = fill(readme, "results", f"```\n{summary(figures / 'results.json')}\n```")
     readme = fill(readme, "comparison", bench.as_markdown(_comparison(figures)))
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(figures.glob("dry_run_*.json"))]
-    return fill(readme, "dry-run", dry_run.as_markdown(reports))
+    return fill(readme, "dry-run", dry_run.as_markdown(reports) if reports else "(No dry run is published yet.)")
 
 
 def with_difficulty(datasheet: str, figures: Path) -> str:

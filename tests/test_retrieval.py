@@ -146,4 +146,4 @@ def test_bfloat16_stays_close_to_float32(model: SentenceTransformer) -> None:
     texts = ["Wer zahlt die Steuer bei einer Schenkung?", "Die Frist beginnt mit Ablauf des Kalenderjahres."]
     precisions: tuple[hardware.Precision, ...] = ("float32", "bfloat16")
     exact, fast = (retrieval.encode(model, texts, "passage", precision) for precision in precisions)
-    assert (exact * fast).sum(axis=1).min() > 0.999
+    assert (exact * fast).sum(axis=1).min() > 0.995  # eight bits of mantissa, and processors round differently

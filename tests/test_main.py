@@ -83,8 +83,16 @@ def test_bench_compares_every_way_to_search_of_a_run(
     assert run("bench", "--run-dir", tmp_path) == 2
     assert "lacks pairs, base_model, plain_model, model: run the chapters up to 04 first" in capsys.readouterr().err
     pairs.save(pairs.split(pairs.take_passages(course, 50)), tmp_path / "pairs")
-    for name in ("base_model", "plain_model", "model"):
+    for name in ("base_model", "plain_model"):
         (tmp_path / name).symlink_to(base)
+    (tmp_path / "model").mkdir()
+    for part in base.iterdir():
+        (tmp_path / "model" / part.name).symlink_to(part)
+    assert run("bench", "--run-dir", tmp_path) == 2
+    assert "training.json is missing: run chapter 04 first" in capsys.readouterr().err
+    (tmp_path / "model" / "training.json").write_text(
+        '{"profile": {"scale": 60.0}, "dims": [384, 32], "seed": 42, "history": []}'
+    )
     assert run("bench", "--run-dir", tmp_path) == 0
     shown = capsys.readouterr().out
     assert "| BM25 | - |" in shown

@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from bmf_matryoshka import evaluation, mteb_task, pairs
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:.*get_sentence_embedding_dimension:FutureWarning")  # mteb's own call
 def test_mteb_measures_what_we_measure(model: SentenceTransformer, course: pd.DataFrame) -> None:
     logging.getLogger("mteb").setLevel(logging.ERROR)
     task = evaluation.build_task(pairs.split(pairs.take_passages(course, 30)), "test")

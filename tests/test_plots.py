@@ -55,6 +55,13 @@ def test_merging_is_a_line_for_each_task_at_both_ends_of_the_dims() -> None:
     assert lines["general, 32 dims"] == [32.0, 32.5, 33.0]
 
 
+def test_no_curve_is_left_out_however_many_there_are() -> None:
+    many = len(plots.LINES) + 2
+    curve = {64: Interval(0.5, 0.4, 0.6), 384: Interval(0.8, 0.7, 0.9)}
+    axes = plots.metric_by_dim({str(number): curve for number in range(many)}, Figure().subplots())
+    assert len(axes.get_lines()) == many
+
+
 def test_the_histogram_shows_shares() -> None:
     axes = plots.lengths({"questions": [8, 9, 20], "passages": [100, 200]}, Figure().subplots())
     legend = axes.get_legend()

@@ -14,7 +14,6 @@ from bmf_matryoshka.__main__ import main
 from bmf_matryoshka.training import TrainingRun
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tried there")
 def test_two_processes_learn_what_one_does_with_the_same_batches(
     course: pd.DataFrame, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 
-from bmf_matryoshka import hardware, retrieval
+from bmf_matryoshka import base_models, hardware, retrieval
 
 PROMPTS: dict[Literal["query", "passage"], str] = {"query": "query: ", "passage": "passage: "}
 
@@ -142,8 +142,20 @@ def test_the_cache_is_used_for_the_same_model_kind_and_precision_only(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_bfloat16_stays_close_to_float32(model: SentenceTransformer) -> None:
+@pytest.mark.parametrize(("eager_length", "attention"), [(0, "sdpa"), (256, "eager")])
+def test_bfloat16_stays_close_to_float32(
+    model: SentenceTransformer, eager_length: int, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "EAGER_LENGTH", eager_length)
+    cast = retrieval._cast(model, torch.bfloat16)
+    assert {weight.dtype for weight in cast.parameters()} == {torch.bfloat16}
+    assert base_models.transformer(cast).config._attn_implementation == attention
+    assert cast.tokenizer is model.tokenizer
     texts = ["Wer zahlt die Steuer bei einer Schenkung?", "Die Frist beginnt mit Ablauf des Kalenderjahres."]
     precisions: tuple[hardware.Precision, ...] = ("float32", "bfloat16")
     exact, fast = (retrieval.encode(model, texts, "passage", precision) for precision in precisions)
-    assert (exact * fast).sum(axis=1).min() > 0.995  # eight bits of mantissa, and processors round differently
+    assert (exact * fast).sum(axis=1).min() > 0.999
+    np.testing.assert_allclose(np.linalg.norm(fast, axis=1), 1, atol=1e-6)
+    transformer = base_models.transformer(model)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert transformer.config._attn_implementation == "sdpa"

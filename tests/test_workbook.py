@@ -82,6 +82,7 @@ def test_parameters_reach_the_notebook_in_their_type(tmp_path: Path) -> None:
     seconds = workbook.run([path], tmp_path / "out", {"seed": "7"}, told.append)
     assert (tmp_path / "seen").read_text() == "('laptop', 7)"
     assert list(seconds) == ["01_a"]
+    assert "<title>01_a</title>" in (tmp_path / "out" / "01_a.html").read_text(encoding="utf-8")
     assert told[0].startswith("01_a: ")
 
 
@@ -92,6 +93,14 @@ def test_chapters_are_chosen_by_number(tmp_path: Path) -> None:
     assert workbook.select(paths, start="02") == paths[1:]
     with pytest.raises(InputError, match="there is no chapter '7': choose one of 01, 02, 03"):
         workbook.select(paths, only="7")
+
+
+def test_only_a_whole_run_is_published(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="was not run in one go"):
+        workbook.publish(tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
 
 
 def test_a_course_knows_its_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import files
 from .errors import InputError
 from .profiles import PROFILES, Profile, changed, check_dims, get_profile
 
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "compare every way to search, at every dimension and in every style")
     bench.add_argument("--run-dir", type=Path, default=Path("runs/laptop"), help="a finished run of the course")
 
-    experiments = add("experiments", _experiments, "measure what each choice in training does (about an hour)")
+    experiments = add("experiments", _experiments, "measure what each choice in training does (half an hour or more)")
     experiments.add_argument("--run-dir", type=Path, default=Path("runs/laptop"), help="a finished run of the course")
     experiments.add_argument("--only", nargs="+", default=[], metavar="OPTION")
 
@@ -129,11 +131,16 @@ def _run(arguments: argparse.Namespace) -> int:
     folder = root / "notebooks" if arguments.exercises else root / "notebooks" / "solutions"
     notebooks = workbook.select(workbook.chapters(folder), arguments.only, arguments.start)
     run_dir = root / parameters.get("run_dir", f"runs/{parameters.get('profile', 'laptop')}")
+    timing = run_dir / "figures" / "seconds.json"
+    timing.unlink(missing_ok=True)  # it tells of all chapters, run in one go
     try:
-        workbook.run(notebooks, run_dir / "notebooks", parameters)
+        seconds = workbook.run(notebooks, run_dir / "notebooks", parameters)
     except workbook.ChapterFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if arguments.only is None and arguments.start is None:
+        rounded = {name: round(taken) for name, taken in seconds.items()}
+        files.write_json(timing, {"cores": os.cpu_count(), "chapters": rounded})
     if arguments.only is None:
         print(f"\n{workbook.summary(run_dir / 'figures' / 'results.json')}\n")
     print(f"figures: {run_dir / 'figures'}\nnotebooks, executed, with HTML: {run_dir / 'notebooks'}")
@@ -187,8 +194,7 @@ def _train(arguments: argparse.Namespace) -> int:
     first = hardware.is_first_process()
     if first:
         print(f"base model: {loaded.source}")
-        work.mkdir(parents=True, exist_ok=True)
-        saved.write_text(settings, encoding="utf-8")
+        files.write_text(saved, settings)
     try:
         run = training.train(
             loaded.model, dataset, profile, work, arguments.seed, arguments.resume, report_to=arguments.report_to
@@ -213,7 +219,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
         )
     print(dry_run.as_text(report))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        files.write_json(arguments.json, report)
     return 0
 
 
@@ -257,9 +263,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         summaries = {protocol: result.summary() for protocol, result in results.items()}
         content = summaries if len(summaries) > 1 else summaries[arguments.protocol[0]]
-        part = arguments.json.with_name(arguments.json.name + ".part")
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        part.replace(arguments.json)
+        files.write_json(arguments.json, content)
     return 0
 
 
@@ -269,7 +273,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if missing:
         raise InputError(f"{arguments.run_dir} lacks {', '.join(missing)}: run the chapters up to 04 first")
 
-    from . import base_models, bench, evaluation, hardware, pairs
+    from . import base_models, bench, evaluation, hardware, pairs, training
 
     dataset = pairs.load(arguments.run_dir / "pairs")
     task = evaluation.build_task(dataset, "test")
@@ -277,10 +281,18 @@ def _bench(arguments: argparse.Namespace) -> int:
     models = {
         name: base_models.load(str(arguments.run_dir / folder), device=device).model for name, folder in folders.items()
     }
-    dims = tuple(dim for dim in USUAL_DIMS if dim <= base_models.width(models["untuned"]))
-    precision = hardware.precision(device)
+    log = training.TrainingRun.load(arguments.run_dir / "model" / "training.json").info
+    precision, cache = hardware.precision(device), arguments.run_dir / "embeddings"
     results = bench.measure(
-        models, dataset, task, dims, precision, show_progress=True, cache=arguments.run_dir / "embeddings"
+        models,
+        dataset,
+        task,
+        log["dims"],
+        log["profile"]["scale"],
+        log["seed"],
+        precision,
+        show_progress=True,
+        cache=cache,
     )
     comparison = bench.compare(results, evaluation.labels(dataset, "test"))
     bench.save(comparison, arguments.run_dir / "results" / "bench.json")
@@ -325,7 +337,7 @@ def _pairs(arguments: argparse.Namespace) -> int:
             text = arguments.into.read_text(encoding="utf-8")
             for name, content in blocks.items():
                 text = workbook.fill(text, name, content)
-            arguments.into.write_text(text, encoding="utf-8")
+            files.write_text(arguments.into, text)
         return 0
     breaches = course_data.breaches(data, count_tokens)
     if breaches:

@@ -60,13 +60,21 @@ def pca(fitted_on: Embeddings, queries: Embeddings, corpus: Embeddings, task: Ta
     return Results(score(turned[0], turned[1], task, possible), info)
 
 
-def rotated(axes: Embeddings, queries: Embeddings, corpus: Embeddings, task: Task, dims: Sequence[int]) -> Results:
-    """The model's vectors turned onto orthonormal axes (see `base_models.principal_axes`) before they are cut.
+def linear(
+    matrix: Embeddings, queries: Embeddings, corpus: Embeddings, task: Task, dims: Sequence[int], method: str
+) -> Results:
+    """The model's vectors under a square matrix before they are cut; orthonormal axes change nothing at full width.
 
-    At the full width nothing changes.
+    Args:
+        matrix: shape (width, width), for example `training.principal_axes` or `training.linear_map`.
+        queries: of the task's queries.
+        corpus: of the task's corpus.
+        task: what is searched.
+        dims: where to cut.
+        method: what the matrix is, in words.
     """
-    info = {"queries": len(task.queries), "passages": len(task.corpus), "method": "principal axes of training pairs"}
-    return Results(score(queries @ axes.T, corpus @ axes.T, task, dims), info)
+    info = {"queries": len(task.queries), "passages": len(task.corpus), "method": method}
+    return Results(score(queries @ matrix.T, corpus @ matrix.T, task, dims), info)
 
 
 def random_projection(

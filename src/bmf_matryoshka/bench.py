@@ -1,6 +1,6 @@
 """The comparison table: what each way to search reaches, at every dimension and in every style of question."""
 
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +10,9 @@ import pandas as pd
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 
-from . import baselines, evaluation, hardware, retrieval
+from . import baselines, evaluation, files, hardware, retrieval, training
 from .evaluation import Results, Task
-from .training import principal_axes
+from .metrics import Interval
 
 NAMES = {
     "bm25": "BM25",
@@ -20,6 +20,7 @@ NAMES = {
     "random_projection": "untuned, random projection",
     "pca": "untuned, PCA",
     "rotated": "untuned, rotated and cut",
+    "linear_map": "untuned, trained linear map, cut",
     "plain": "fine-tuned without Matryoshka, cut",
     "fine_tuned": "fine-tuned with Matryoshka, cut",
 }
@@ -31,6 +32,8 @@ def measure(
     dataset: DatasetDict,
     task: Task,
     dims: Sequence[int],
+    scale: float = 20.0,
+    seed: int = 42,
     precision: hardware.Precision = "float32",
     show_progress: bool = False,
     cache: Path | None = None,
@@ -39,10 +42,12 @@ def measure(
 
     Args:
         models: "untuned" and any further ones, by their names in `NAMES`.
-        dataset: what `pairs.split` returned; the PCA is fitted on its training passages, the rotation on its
-            training pairs.
+        dataset: what `pairs.split` returned; the PCA is fitted on its training passages, the rotation and the
+            linear map on its training pairs.
         task: what is searched.
-        dims: at which dimensions, descending.
+        dims: at which dimensions, descending; the linear map is trained for them.
+        scale: of the loss that trains the linear map, best that of the fine-tuned models.
+        seed: of the linear map's batches.
         precision: to encode in.
         show_progress: show bars.
         cache: see `retrieval.encode`.
@@ -58,8 +63,12 @@ def measure(
     fitted_on = embed(list(dict.fromkeys(dataset["train"]["positive"])), "passage")
     if len(fitted_on) >= min(dims):
         results["pca"] = baselines.pca(fitted_on, queries, corpus, task, dims)
-    axes = principal_axes(models["untuned"], dataset["train"], show_progress, cache)
-    results["rotated"] = baselines.rotated(axes, queries, corpus, task, dims)
+    matrices = {
+        "rotated": training.principal_axes(models["untuned"], dataset["train"], show_progress, cache),
+        "linear_map": training.linear_map(models["untuned"], dataset["train"], dims, scale, seed, show_progress, cache),
+    }
+    for name, matrix in matrices.items():
+        results[name] = baselines.linear(matrix, queries, corpus, task, dims, NAMES[name])
     results["random_projection"] = baselines.random_projection(queries, corpus, task, dims)
     return results
 
@@ -90,16 +99,43 @@ def as_markdown(comparison: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| way to search | dims | " + " | ".join(slices) + " |", "| --- | ---: |" + " ---: |" * len(slices)]
     cells: dict[tuple[str, int], dict[str, str]] = {}
     for row in comparison:
-        half = max(row["high"] - row["value"], row["value"] - row["low"])
-        cells.setdefault((row["system"], row["dim"]), {})[row["slice"]] = f"{row['value']:.3f} ± {half:.3f}"
+        interval = Interval(row["value"], row["low"], row["high"])
+        cells.setdefault((row["system"], row["dim"]), {})[row["slice"]] = f"{interval.value:.3f} ± {interval.half:.3f}"
     for (name, dim), found in cells.items():
         lines.append(f"| {NAMES[name]} | {dim or '-'} | " + " | ".join(found[part] for part in slices) + " |")
     return "\n".join(lines)
 
 
+def apart(comparison: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on what the questions tell apart: each way to search at full width, and the untuned shortest cut.
+
+    Args:
+        comparison: what `compare` returned.
+    """
+    everywhere = [row for row in comparison if row["slice"] == "all"]
+    dims = [row["dim"] for row in everywhere if row["dim"]]
+    ends = [
+        row
+        for row in everywhere
+        if row["dim"] in (0, max(dims)) or (row["system"], row["dim"]) == ("untuned", min(dims))
+    ]
+    overlapping, gaps = [], []
+    for one, other in itertools.combinations(ends, 2):
+        if one["low"] <= other["high"] and other["low"] <= one["high"]:
+            names = (
+                f"{NAMES[row['system']]} ({row['dim']})" if row["dim"] else NAMES[row["system"]] for row in (one, other)
+            )
+            overlapping.append(" and ".join(names))
+        else:
+            gaps.append(abs(one["value"] - other["value"]))
+    told = (
+        f"of all others here ({len(gaps)} pairs), ndcg@10 differs by {min(gaps):.3f} or more"
+        if gaps
+        else "no two differ"
+    )
+    return f"Over all questions, the intervals overlap for {'; for '.join(overlapping) or 'no two'}; {told}."
+
+
 def save(comparison: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write what `compare` returned as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(list(comparison), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write_json(path, list(comparison))

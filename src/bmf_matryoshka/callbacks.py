@@ -1,6 +1,5 @@
 """What is shown, kept and checked while training runs."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from IPython.display import DisplayHandle
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import hardware, plots
+from . import files, hardware, plots
 
 
 class LossError(Exception):
@@ -50,11 +49,7 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            path = Path(str(args.output_dir)) / "log.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(state.log_history, indent=1), encoding="utf-8")
-            part.replace(path)
+            files.write_json(Path(str(args.output_dir)) / "log.json", state.log_history)
 
 
 class LivePlot(TrainerCallback):

@@ -194,6 +194,7 @@ def optimizer_steps(answer: Answer) -> None:
         _equal(int(answer(321, 32, 1, 1)), 11, "one pair more: the last batch is smaller, but it counts")
         _equal(int(answer(320, 32, 2, 1)), 5, "two batches for a step")
         _equal(int(answer(320, 32, 1, 3)), 30, "three epochs")
+        _equal(int(answer(320, 32, 3, 2)), 8, "ten batches, three a step: the last step of an epoch has one")
 
     _judge("optimizer_steps", test)
 

@@ -11,9 +11,10 @@ import pandas as pd
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from . import base_models, evaluation, hardware, pairs, training
+from . import base_models, evaluation, files, hardware, pairs, training
 from .errors import InputError
 from .evaluation import Results, Task
+from .metrics import Interval
 from .profiles import Profile, get_profile
 
 RECIPE = "the recipe"
@@ -66,6 +67,7 @@ def options(profile: Profile) -> dict[str, Option]:
         ),
         "columns reversed": change("as the card did: passages look for questions", columns=("positive", "anchor")),
         "dropout .1": change("the model's default", dropout=True),
+        "only the turn trained": change("every layer of the model is frozen", frozen_layers=12),
         "no layer frozen": change("the embeddings stay frozen", frozen_layers=0),
         "nothing frozen": change("all weights are trained", frozen_layers=0, train_token_embeddings=True),
         "eager attention": change("the fused one is the library's default", attention="eager"),
@@ -203,10 +205,9 @@ def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
     for row in table:
         cells = []
         for dim in dims:
-            found = row[f"{dim} difference"] or row[dim]
-            half = max(found["high"] - found["value"], found["value"] - found["low"])
+            found = Interval(**(row[f"{dim} difference"] or row[dim]))
             sign = "" if row["option"] == RECIPE else "+"
-            cells.append(f"{found['value']:{sign}.3f} ± {half:.3f}")
+            cells.append(f"{found.value:{sign}.3f} ± {found.half:.3f}")
         against = "" if row["against"] == RECIPE else f"; against {row['against']}"
         start = f"| {row['option']} | {row['why']}{against} | {row['pairs_seen'] / row['seconds']:.0f} |"
         lines.append(f"{start} " + " | ".join(cells) + " |")
@@ -227,8 +228,4 @@ def load(path: Path) -> dict[str, Any]:
 
 def save(options_table: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write both tables as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    content = {"options": list(options_table), "merging": list(merged)}
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write_json(path, {"options": list(options_table), "merging": list(merged)})

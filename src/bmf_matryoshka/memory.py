@@ -11,7 +11,7 @@ import torch
 
 from .errors import InputError
 from .hardware import Precision
-from .profiles import BGE_M3, E5_SMALL, Profile
+from .profiles import BGE_M3, CARD, COLAB, E5_SMALL, LAPTOP, Profile
 
 WORKSPACE = 150_000_000
 """Buffers of the libraries and of one layer's backward pass, as measured on a processor."""
@@ -195,6 +195,24 @@ def check_fits(shape: Shape, profile: Profile, device: str, precision: Precision
     raise InputError(
         f"the profile {profile.name} needs about {needed}, and {device} has {limit / 1e9:.1f} GB free: {remedy}"
     )
+
+
+def as_markdown() -> str:
+    """The estimate for each profile in the precision of the machine it is for; the card's recipe as published, too."""
+    as_published = replace(CARD, activation_checkpointing=False)
+    plans: list[tuple[str, Profile, Precision]] = [
+        ("`laptop`", LAPTOP, "float32"),
+        ("`colab`", COLAB, "float16"),
+        ("`card`", CARD, "bfloat16"),
+        ("`card` without activation checkpointing", as_published, "bfloat16"),
+    ]
+    parts = ("weights", "gradients", "optimizer", "activations", "total")
+    lines = ["| GB | precision | " + " | ".join(parts) + " |", "| --- | --- |" + " ---: |" * len(parts)]
+    for name, profile, precision in plans:
+        needed = estimate(SHAPES[profile.base_model], profile, precision)
+        sizes = " | ".join(f"{getattr(needed, part) / 1e9:.1f}" for part in parts)
+        lines.append(f"| {name} | {precision} | {sizes} |")
+    return "\n".join(lines)
 
 
 def _smaller(profile: Profile) -> Iterator[tuple[str, Profile]]:

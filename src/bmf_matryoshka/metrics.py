@@ -32,6 +32,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def half(self) -> float:
+        """How far the interval reaches from the value, on its longer side."""
+        return max(self.high - self.value, self.value - self.low)
+
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

@@ -1,6 +1,7 @@
 """Figures: data and an Axes in, the same Axes out; one place that writes files."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ LINES: tuple[dict[str, Any], ...] = (
     {"color": "#6b4c9a", "linestyle": "-.", "marker": "D"},
     {"color": "#555555", "linestyle": (0, (1, 3)), "marker": "v"},
     {"color": "#b8860b", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "P"},
+    {"color": "#c2327a", "linestyle": (0, (8, 2)), "marker": "X"},
 )
+FEW_LABELS = 4
+"""A longer legend stands below the axes, where it hides no curve."""
 
 
 def use_style() -> None:
@@ -55,7 +59,7 @@ def metric_by_dim(
         levels: name -> interval of what has no dimension; drawn as thin level lines.
     """
     all_dims = sorted({dim for curve in curves.values() for dim in curve})
-    for (name, curve), line in zip(curves.items(), LINES, strict=False):
+    for (name, curve), line in zip(curves.items(), cycle(LINES), strict=False):
         dims = sorted(curve)
         ax.plot(dims, [curve[dim].value for dim in dims], label=name, **line)
         low, high = [curve[dim].low for dim in dims], [curve[dim].high for dim in dims]
@@ -68,7 +72,10 @@ def metric_by_dim(
     ax.minorticks_off()
     ax.set_xlabel("dimensions kept")
     ax.set_ylabel(f"{metric} (band: 95 % interval)")
-    if len(curves) + len(levels or {}) > 1:
+    labels = len(curves) + len(levels or {})
+    if labels > FEW_LABELS:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    elif labels > 1:
         ax.legend()
     return ax
 
@@ -96,7 +103,7 @@ def merging(rows: pd.DataFrame, ax: Axes) -> Axes:
         ax: where to draw.
     """
     ends = rows[rows["dim"].isin([rows["dim"].max(), rows["dim"].min()])]
-    for ((task, dim), curve), line in zip(ends.groupby(["task", "dim"], sort=False), LINES, strict=False):
+    for ((task, dim), curve), line in zip(ends.groupby(["task", "dim"], sort=False), cycle(LINES), strict=False):
         ax.plot(curve["weight"], curve["value"], label=f"{task}, {dim} dims", **line)
         ax.fill_between(curve["weight"], curve["low"], curve["high"], color=line["color"], alpha=0.15, linewidth=0)
     ax.set_xlabel("weight of the fine-tuned model (0: base model)")
@@ -114,7 +121,7 @@ def lengths(tokens: Mapping[str, Sequence[int]], ax: Axes) -> Axes:
     """
     top = max(max(values) for values in tokens.values())
     edges = np.geomspace(min(min(values) for values in tokens.values()), top + 1, 40)
-    for (name, values), line in zip(tokens.items(), LINES, strict=False):
+    for (name, values), line in zip(tokens.items(), cycle(LINES), strict=False):
         weights = np.full(len(values), 1 / len(values))
         style = {"color": line["color"], "linestyle": line["linestyle"]}
         ax.hist(values, bins=edges.tolist(), weights=weights, histtype="step", linewidth=1.6, label=name, **style)

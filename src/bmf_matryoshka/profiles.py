@@ -67,7 +67,7 @@ class Profile:
     attention: Literal["sdpa", "eager"] = "sdpa"
     train_token_embeddings: bool = True
     lora_rank: int | None = None
-    """Train adapters of this rank instead of the weights, and merge them in at the end (needs peft)."""
+    """Train adapters of this rank instead of the weights, and merge them in at the end."""
     frozen_layers: int = 0
     """The embeddings and this many of the lowest layers keep their weights: the backward pass stops above them."""
     max_steps: int = -1

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 from tqdm.auto import tqdm
 
 from . import base_models, hardware
@@ -21,6 +22,9 @@ Kind = Literal["query", "passage"]
 QUERY_CHUNK = 1024
 CORPUS_CHUNK = 16_384
 """Scores are held for this many queries and passages at a time: 64 MB."""
+EAGER_LENGTH = 256
+"""Models cut at most here attend faster in 16 bits on a processor by plain products than by PyTorch's fused kernel
+(12 heads, 2,048 tokens, two cores with AVX-512 BF16: 7.0 against 7.6 ms at 256 a text, 6.4 against 8.3 at 170)."""
 BLOCK = 64
 """Scores are skipped in blocks of this many where none is good enough."""
 
@@ -50,7 +54,8 @@ def encode(
         cache: a folder that keeps embeddings between runs, keyed by the model's fingerprint and the text.
 
     Returns:
-        float32 array of shape (len(texts), width), rows as the model gives them.
+        float32 array of shape (len(texts), width), rows as the model gives them; those of a model that normalises
+        have length 1 in any precision.
     """
     unique = list(dict.fromkeys(texts))
     if cache is None:
@@ -194,7 +199,7 @@ def _encode(
     if not texts:
         return vectors
     if precision != "float32":
-        model = copy.deepcopy(model).to(getattr(torch, precision))
+        model = _cast(model, getattr(torch, precision))
     encode_kind = model.encode_query if kind == "query" else model.encode_document
     limit = model.max_seq_length or np.iinfo(np.int32).max
     lengths = [min(limit, length) for length in base_models.count_tokens(model, texts)]
@@ -209,7 +214,21 @@ def _encode(
             )
             vectors[batch] = rows.float().cpu().numpy()
             bar.update(len(batch))
+    if precision != "float32" and isinstance(model[-1], Normalize):
+        vectors = truncate(vectors, vectors.shape[1])  # in 16 bits, a length itself is off by up to .4 %
     return vectors
+
+
+def _cast(model: SentenceTransformer, kind: torch.dtype) -> SentenceTransformer:
+    """A copy of the model with all weights cast, which shares the tokenizer: that is the slowest part to copy."""
+    known: dict[int, object] = {
+        id(weight): torch.nn.Parameter(weight.detach().to(kind), requires_grad=False) for weight in model.parameters()
+    }
+    known[id(model.tokenizer)] = model.tokenizer
+    cast = copy.deepcopy(model, known).to(kind)
+    if model.device.type == "cpu" and (model.max_seq_length or np.inf) <= EAGER_LENGTH:
+        base_models.transformer(cast).set_attn_implementation("eager")
+    return cast
 
 
 def _encode_missing(

@@ -27,7 +27,9 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch.utils.data import BatchSampler
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from . import adapters, base_models, hardware, retrieval
@@ -40,6 +42,8 @@ from .profiles import Profile
 LOGS_PER_RUN = 50
 COMPLETE = "complete"
 """The file that a checkpoint gets last: without it, writing was cut short."""
+MAP_STEPS, MAP_BATCH, MAP_LEARNING_RATE = 200, 512, 1e-3
+"""Of `linear_map`; chosen on the validation questions."""
 KEPT_TOLERANCE = 1e-4
 """How far two evaluations of the same weights may differ."""
 
@@ -205,14 +209,17 @@ def train(
     evaluator = MatryoshkaEvaluator(task, dims, precision)
     prompts = {"anchor": model.prompts.get("query") or "", "positive": model.prompts.get("document") or ""}
     model.model_card_data.generate_widget_examples = False
-    model.model_card_data.widget = [
-        {}
-    ]  # otherwise the trainer draws examples for a model card, behind a bar of its own
+    # Otherwise the trainer draws examples for a model card, behind a bar of its own.
+    model.model_card_data.widget = [{}]
     start = time.perf_counter()
-    if profile.rotate:
-        base_models.rotate(model, principal_axes(model, dataset["train"], cache=cache))
     if resume:
         _remove_partial(work)
+    checkpoint = last_checkpoint(work) if resume else None
+    if profile.rotate:
+        # A checkpoint brings the turn along.
+        width = base_models.width(model)
+        axes = np.eye(width, dtype=np.float32) if checkpoint else principal_axes(model, dataset["train"], cache=cache)
+        base_models.rotate(model, axes)
     with _settings(model, profile), base_models.quiet_transformers():
         trainer = _Trainer(
             model=model,
@@ -227,7 +234,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if profile.batches == "similar_length":
             trainer.batch_source = dataset["train"]
-        trainer.train(resume_from_checkpoint=last_checkpoint(work) if resume else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         # The trainer only logs an error where the best checkpoint cannot be loaded, so look at what was loaded.
         kept = evaluator(model) if hardware.is_first_process() else {}
@@ -268,13 +275,67 @@ def principal_axes(
         show_progress: show bars.
         cache: see `retrieval.encode`.
     """
+    return base_models.principal_axes(*_pair_vectors(model, train, show_progress, cache))
+
+
+def linear_map(
+    model: SentenceTransformer,
+    train: Dataset,
+    dims: Sequence[int],
+    scale: float = 20.0,
+    seed: int = 42,
+    show_progress: bool = False,
+    cache: Path | None = None,
+) -> NDArray[np.float32]:
+    """A square matrix for the model's vectors, trained with MatryoshkaLoss while the model itself stays as it is.
+
+    All dims weigh alike in the loss.
+
+    Starts from the principal axes. Each text is encoded once, so that a step costs no more than a few products of
+    matrices: batches are large, and all is done in seconds on a processor.
+
+    Args:
+        model: encodes the pairs.
+        train: the training split.
+        dims: trained dimensions.
+        scale: what cosines are multiplied by in the loss.
+        seed: for the batches: a question each of different passages.
+        show_progress: show bars.
+        cache: see `retrieval.encode`.
+
+    Returns:
+        shape (width, width); a vector x becomes matrix @ x.
+    """
+    vectors = _pair_vectors(model, train, show_progress, cache)
+    width = vectors[0].shape[1]
+    start = torch.from_numpy(base_models.principal_axes(*vectors))
+    dense = Dense(width, width, bias=False, activation_function=torch.nn.Identity(), init_weight=start)
+    loss = build_loss(SentenceTransformer(modules=[dense], device="cpu"), dims, scale)
+    pairs_of = train.to_pandas().groupby("passage_id", sort=False).indices
+    generator = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=MAP_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MAP_STEPS)
+    for _ in tqdm(range(MAP_STEPS), desc="linear map", unit="step", disable=not show_progress):
+        drawn = generator.permutation(list(pairs_of))[:MAP_BATCH]
+        rows = [generator.choice(pairs_of[passage]) for passage in drawn]
+        optimizer.zero_grad()
+        loss([{"sentence_embedding": torch.from_numpy(part[rows])} for part in vectors], None).backward()
+        optimizer.step()
+        schedule.step()
+    return dense.linear.weight.detach().numpy()
+
+
+def _pair_vectors(
+    model: SentenceTransformer, train: Dataset, show_progress: bool, cache: Path | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The vectors of the questions and of their passages, each of shape (pairs, width)."""
     precision = hardware.precision(model.device.type)
     passages = list(dict.fromkeys(train["positive"]))
     place = {text: row for row, text in enumerate(passages)}
     own = [place[text] for text in train["positive"]]
     positives = retrieval.encode(model, passages, "passage", precision, None, show_progress, cache)[own]
     anchors = retrieval.encode(model, list(train["anchor"]), "query", precision, None, show_progress, cache)
-    return base_models.principal_axes(anchors, positives)
+    return anchors, positives
 
 
 def save(model: SentenceTransformer, run: TrainingRun, folder: Path, work: Path) -> None:

@@ -19,13 +19,14 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from . import bench, dry_run
+from . import bench, dry_run, files, memory
 from .errors import InputError
 from .evaluation import Results
 from .metrics import Interval
 from .profiles import Profile, get_profile
 
 BEGIN, END = "# solution", "# end"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 STUB = 'raise NotImplementedError("your turn")'
 
 
@@ -58,8 +59,7 @@ class Course:
     def record(self, chapter: str, values: Mapping[str, Any]) -> None:
         """Write what a chapter measured to `results/chapter_NN.json`: proof that it ran, and what tests look at."""
         path = self.run_dir / "results" / f"chapter_{chapter}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(values), indent=1, ensure_ascii=False), encoding="utf-8")
+        files.write_json(path, dict(values))
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -180,7 +180,7 @@ def run(
             raise ChapterFailedError(_failure(path, error, output / path.name)) from None
         finally:
             if (output / path.name).is_file():
-                _write_html(output / path.name)
+                _finish(output / path.name)
         seconds[path.stem] = time.perf_counter() - start
         tell(f"{path.stem}: {seconds[path.stem]:.0f} s")
     return seconds
@@ -240,9 +240,13 @@ def as_exercise(notebook: NotebookNode) -> NotebookNode:
 def publish(run_dir: Path, root: Path) -> None:
     """Take a run's executed notebooks, figures and numbers into the project, and derive the exercises anew.
 
-    The blocks `results`, `comparison` and `dry-run` of README and `difficulty` of the datasheet are written from the
-    numbers.
+    The blocks of README and the block `difficulty` of the datasheet are written from the numbers.
+
+    Raises:
+        InputError: not all chapters were run in one go.
     """
+    if not (run_dir / "figures" / "seconds.json").is_file():
+        raise InputError(f"{run_dir} was not run in one go: python -m bmf_matryoshka run, then publish")
     for path in chapters(run_dir / "notebooks"):
         _write(_without_run(nbformat.read(path, as_version=4)), root / "notebooks" / "solutions" / path.name)
     for path in sorted((run_dir / "figures").iterdir()):
@@ -252,22 +256,36 @@ def publish(run_dir: Path, root: Path) -> None:
         shutil.copyfile(experiments, root / "figures" / experiments.name)
     derive_exercises(root / "notebooks" / "solutions", root / "notebooks")
     readme = root / "README.md"
-    readme.write_text(with_results(readme.read_text(encoding="utf-8"), root / "figures"), encoding="utf-8")
+    files.write_text(readme, with_results(readme.read_text(encoding="utf-8"), root / "figures"))
     datasheet = root / "data" / "README.md"
-    datasheet.write_text(with_difficulty(datasheet.read_text(encoding="utf-8"), root / "figures"), encoding="utf-8")
+    files.write_text(datasheet, with_difficulty(datasheet.read_text(encoding="utf-8"), root / "figures"))
 
 
 def with_results(readme: str, figures: Path) -> str:
     """The README with the blocks of results that belong to the figures."""
     readme = fill(readme, "results", f"```\n{summary(figures / 'results.json')}\n```")
     readme = fill(readme, "comparison", bench.as_markdown(_comparison(figures)))
+    readme = fill(readme, "memory", memory.as_markdown())
+    readme = fill(readme, "seconds", _seconds(figures))
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(figures.glob("dry_run_*.json"))]
     return fill(readme, "dry-run", dry_run.as_markdown(reports) if reports else "(No dry run is published yet.)")
 
 
+def _seconds(figures: Path) -> str:
+    timing = json.loads((figures / "seconds.json").read_text(encoding="utf-8"))
+    info = json.loads((figures / "results.json").read_text(encoding="utf-8"))["training"]
+    seconds = timing["chapters"].values()
+    each = ", ".join(map(str, seconds))
+    return (
+        f"In the run published here ({info['device']}, {info['precision']}, {timing['cores']} cores), the chapters "
+        f"took {each} seconds, {sum(seconds) / 60:.0f} minutes in all; installing comes on top."
+    )
+
+
 def with_difficulty(datasheet: str, figures: Path) -> str:
     """The datasheet with the block that says how hard the questions are, in each style."""
-    return fill(datasheet, "difficulty", bench.as_markdown(_comparison(figures, ("bm25", "untuned", "fine_tuned"))))
+    comparison = _comparison(figures, ("bm25", "untuned", "fine_tuned"))
+    return fill(datasheet, "difficulty", f"{bench.as_markdown(comparison)}\n\n{bench.apart(comparison)}")
 
 
 def _comparison(figures: Path, systems: Iterable[str] = tuple(bench.NAMES)) -> list[dict[str, Any]]:
@@ -296,9 +314,17 @@ def _without_run(notebook: NotebookNode) -> NotebookNode:
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+    _drop_bars(notebook)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     return notebook
+
+
+def _drop_bars(notebook: NotebookNode) -> None:
+    """Remove progress bars: their state is not kept, so each would stand at 0 % for ever."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
 
 def _stub(source: str, number: int) -> str:
@@ -317,9 +343,7 @@ def _stub(source: str, number: int) -> str:
 
 
 def _write(notebook: NotebookNode, path: Path) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def _failure(path: Path, error: PapermillExecutionError, copy_path: Path) -> str:
@@ -331,6 +355,10 @@ def _failure(path: Path, error: PapermillExecutionError, copy_path: Path) -> str
     )
 
 
-def _write_html(notebook: Path) -> None:
-    body, _ = HTMLExporter().from_filename(str(notebook))
-    notebook.with_suffix(".html").write_text(body, encoding="utf-8")
+def _finish(path: Path) -> None:
+    """Tidy an executed notebook, and render it beside itself."""
+    notebook = nbformat.read(path, as_version=4)
+    _drop_bars(notebook)
+    _write(notebook, path)
+    body, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    files.write_text(path.with_suffix(".html"), body)

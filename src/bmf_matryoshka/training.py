@@ -44,8 +44,10 @@ COMPLETE = "complete"
 """The file that a checkpoint gets last: without it, writing was cut short."""
 MAP_STEPS, MAP_BATCH, MAP_LEARNING_RATE = 200, 512, 1e-3
 """Of `linear_map`; chosen on the validation questions."""
-KEPT_TOLERANCE: dict[hardware.Precision, float] = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
-"""How far two evaluations of the same weights may differ: in 16 bits, the order of a sum already moves single ranks."""
+KEPT_TOLERANCE = 1e-4
+"""How far two evaluations of the same weights may differ."""
+KEPT_TOLERANCE_OF_SEVERAL = 5e-3
+"""The same with several processes, where bfloat16 moved single ranks (.0009 in ndcg@10) for a cause not found yet."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,8 @@ def train(
         kept = evaluator(model) if hardware.is_first_process() else {}
     state = trainer.state
     chosen = _chosen_by(profile)
-    if kept and (state.best_metric is None or abs(kept[chosen] - state.best_metric) > KEPT_TOLERANCE[precision]):
+    tolerance = KEPT_TOLERANCE if hardware.processes() == 1 else KEPT_TOLERANCE_OF_SEVERAL
+    if kept and (state.best_metric is None or abs(kept[chosen] - state.best_metric) > tolerance):
         raise RuntimeError(
             f"the loaded model scores {chosen} {kept[chosen]:.4f}, its checkpoint scored {state.best_metric}"
         )

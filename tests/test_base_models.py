@@ -139,7 +139,7 @@ def test_rotation_keeps_every_cosine(model: SentenceTransformer, course: pd.Data
     before = np.asarray(model.encode_document(passages))
     axes = base_models.principal_axes(before, before)  # fewer texts than axes: the rest is free, but still orthogonal
     turned = copy.deepcopy(model)
-    base_models.rotate(turned, axes)
+    base_models.insert_linear(turned, axes)
     after = np.asarray(turned.encode_document(passages))
     np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-5)
     np.testing.assert_allclose(after, before @ axes.T, atol=1e-5)
@@ -159,6 +159,6 @@ def test_merging_goes_from_one_model_to_the_other(tiny: SentenceTransformer) -> 
         torch.testing.assert_close(merged, expected)
     with pytest.raises(InputError, match=r"weight 1.5: choose a number from 0"):
         base_models.merge(tiny, other, 1.5)
-    base_models.rotate(other, np.eye(32, dtype=np.float32))
+    base_models.insert_linear(other, np.eye(32, dtype=np.float32))
     with pytest.raises(InputError, match="differ in shape"):
         base_models.merge(tiny, other, 0.5)

@@ -12,31 +12,31 @@ from bmf_matryoshka.profiles import LAPTOP, SMOKE
 
 def test_every_option_changes_one_thing_and_fits_the_model() -> None:
     options = experiments.options(LAPTOP)
-    recipe = options[experiments.RECIPE].profile
+    reference = options[experiments.REFERENCE].profile
     for name, option in options.items():
         assert option.against in options
         assert option.profile.dims_for(384)
-        if name not in (experiments.RECIPE, option.against) and not (option.leak or option.passages):
-            assert option.profile != recipe, name
+        if name not in (experiments.REFERENCE, option.against) and not (option.leak or option.passages):
+            assert option.profile != reference, name
             seen = option.profile.max_steps * option.profile.batch_size
-            assert seen == recipe.max_steps * recipe.batch_size, name
+            assert seen == reference.max_steps * reference.batch_size, name
     assert len({str(option) for option in options.values()}) == len(options)
 
 
-def test_options_are_measured_against_the_recipe_and_kept(
+def test_options_are_measured_against_the_reference_and_kept(
     course: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiments, "STEPS", 2)
     few = pairs.take_passages(course, 60)
-    profile = replace(SMOKE, batch_size=8, max_seq_length=24, rotate=True)
+    profile = replace(SMOKE, batch_size=8, max_seq_length=24, linear_layer="map")
     table = experiments.run(profile, few, tmp_path, ["no rotation"], show_progress=False)
-    assert [row["option"] for row in table] == ["the recipe", "no rotation"]
-    recipe, unrotated = table
-    assert recipe["32 difference"] is None
-    difference = unrotated["32 difference"]
-    assert difference["value"] == pytest.approx(unrotated["32"]["value"] - recipe["32"]["value"])
+    assert [row["option"] for row in table] == ["the reference", "no rotation"]
+    reference, without = table
+    assert reference["32 difference"] is None
+    difference = without["32 difference"]
+    assert difference["value"] == pytest.approx(without["32"]["value"] - reference["32"]["value"])
     assert difference["low"] <= difference["value"] <= difference["high"]
-    assert recipe["pairs_seen"] == unrotated["pairs_seen"] == 16
+    assert reference["pairs_seen"] == without["pairs_seen"] == 16
     shown = experiments.as_markdown(table).splitlines()
     assert shown[0].startswith("| option | what it is | pairs/s | 384 | 128 | 32 |")
     assert f"{difference['value']:+.3f}" in shown[3]
@@ -46,11 +46,11 @@ def test_options_are_measured_against_the_recipe_and_kept(
 
     monkeypatch.setattr(training, "train", fail)
     assert experiments.run(profile, few, tmp_path, ["no rotation"], show_progress=False) == table
-    with pytest.raises(InputError, match="no option 'nonsense': choose from the recipe, no rotation"):
+    with pytest.raises(InputError, match="no option 'nonsense': choose from the reference, no rotation, equal"):
         experiments.run(profile, few, tmp_path, ["nonsense"])
 
-    experiments.save(table, [], tmp_path / "new" / "experiments.json")
-    assert experiments.load(tmp_path / "new" / "experiments.json") == {"options": table, "merging": []}
+    experiments.save(table, tmp_path / "new" / "experiments.json")
+    assert experiments.load(tmp_path / "new" / "experiments.json") == table
     with pytest.raises(InputError, match="is missing: python -m bmf_matryoshka experiments makes it"):
         experiments.load(tmp_path / "gone.json")
 

@@ -192,7 +192,7 @@ def test_dry_run_reports_to_a_file(
     monkeypatch.chdir(ROOT)
     tiny = memory.Shape(1, 64, 4, 128, 250_002, 514)
     monkeypatch.setitem(memory.SHAPES, SMOKE.base_model, tiny)
-    monkeypatch.setitem(PROFILES, "smoke", replace(SMOKE, dims=(64, 32), frozen_layers=0, rotate=False))
+    monkeypatch.setitem(PROFILES, "smoke", replace(SMOKE, dims=(64, 32), frozen_layers=0, linear_layer=None))
     arguments = ["dry-run", "--profile", "smoke", "--max-seq-length", 16, "--folder", tmp_path]
     assert run(*arguments, "--json", tmp_path / "report.json") == 0
     shown = capsys.readouterr().out

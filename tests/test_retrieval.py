@@ -159,3 +159,16 @@ def test_bfloat16_stays_close_to_float32(
     transformer = base_models.transformer(model)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert transformer.config._attn_implementation == "sdpa"
+
+
+def test_in_a_training_of_several_processes_this_process_encodes_alone(
+    tiny: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def share(*_: object, **__: object) -> None:
+        raise AssertionError("shared with other processes")
+
+    alone = retrieval.encode(tiny, ["Frage"], "query")
+    monkeypatch.setattr(SentenceTransformer, "_distributed_inference", share)
+    with pytest.raises(AssertionError, match="shared"):
+        tiny.encode(["Frage"])  # the library would
+    np.testing.assert_array_equal(retrieval.encode(tiny, ["Frage"], "query"), alone)

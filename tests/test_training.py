@@ -236,7 +236,7 @@ def test_adapters_train_beside_frozen_weights_and_leave_a_plain_model(
             return float(training.build_loss(fresh, (384, 128, 32), SMOKE.scale)(features, torch.empty(0)))
 
     loss_before = loss_of_a_batch()
-    profile = replace(SMOKE, max_steps=3, evaluations=1, lora_rank=4, learning_rate=1e-3, rotate=False)
+    profile = replace(SMOKE, max_steps=3, evaluations=1, lora_rank=4, learning_rate=1e-3, linear_layer=None)
     training.train(fresh, small, profile, tmp_path)
     assert loss_of_a_batch() < loss_before
     after = dict(fresh.named_parameters())
@@ -295,7 +295,7 @@ def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
 
 
 def test_a_linear_map_starts_at_the_axes_and_lowers_the_loss_at_each_dim(
-    model: SentenceTransformer, small: DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: SentenceTransformer, small: DatasetDict, tmp_path: Path
 ) -> None:
     _, first = np.unique(small["train"]["passage_id"], return_index=True)
     train = small["train"].select(first)
@@ -316,8 +316,26 @@ def test_a_linear_map_starts_at_the_axes_and_lowers_the_loss_at_each_dim(
     assert not np.array_equal(maps[0], maps[2])
     for dim in (384, 32):
         assert loss(maps[0], dim) < 0.5 * loss(axes, dim)
-    monkeypatch.setattr(training, "MAP_STEPS", 0)
-    np.testing.assert_array_equal(training.linear_map(model, train, (384, 32), cache=tmp_path), axes)
+    np.testing.assert_array_equal(training.linear_map(model, train, (384, 32), cache=tmp_path, steps=0), axes)
+
+
+def test_the_linear_layer_starts_as_the_profile_says(
+    model: SentenceTransformer, small: DatasetDict, tmp_path: Path
+) -> None:
+    train = small["train"]
+    expected = {
+        "axes": training.principal_axes(model, train, cache=tmp_path),
+        "map": training.linear_map(model, train, SMOKE.dims, SMOKE.scale, 3, cache=tmp_path),
+    }
+    for linear_layer, matrix in expected.items():
+        profile = replace(SMOKE, linear_layer=linear_layer)  # type: ignore[arg-type]
+        longer = copy.deepcopy(model)
+        training.add_linear_layer(longer, train, profile, 3, tmp_path)
+        assert [type(module).__name__ for module in longer] == ["Transformer", "Pooling", "Dense", "Normalize"]
+        np.testing.assert_array_equal(dict(longer.named_parameters())["2.linear.weight"].detach().numpy(), matrix)
+    same = copy.deepcopy(model)
+    training.add_linear_layer(same, train, replace(SMOKE, linear_layer=None))
+    assert len(same) == len(model)
 
 
 def test_a_missing_log_names_the_chapter(tmp_path: Path) -> None:

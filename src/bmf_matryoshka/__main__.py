@@ -224,15 +224,13 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 
 
 def _experiments(arguments: argparse.Namespace) -> int:
-    from . import course_data, evaluation, experiments, pairs, workbook
+    from . import course_data, experiments, workbook
 
     root = workbook.find_root()
     run_dir = root / arguments.run_dir
     course_pairs = course_data.read_folder(root / "data").pairs()
     table = experiments.run(get_profile("laptop"), course_pairs, run_dir / "experiments", arguments.only)
-    general, _ = pairs.read_file(root / "data" / "general.jsonl")
-    merged = experiments.merging_of_run(run_dir, evaluation.build_task(pairs.split(general), "all"))
-    experiments.save(table, merged, run_dir / "results" / "experiments.json")
+    experiments.save(table, run_dir / "results" / "experiments.json")
     print(experiments.as_markdown(table))
     return 0
 

@@ -113,21 +113,20 @@ def principal_axes(anchors: NDArray[np.float32], positives: NDArray[np.float32])
     return np.ascontiguousarray(axes, np.float32)
 
 
-def rotate(model: SentenceTransformer, axes: NDArray[np.float32]) -> None:
-    """Turn the model's vectors onto orthonormal axes.
+def insert_linear(model: SentenceTransformer, matrix: NDArray[np.float32]) -> None:
+    """Put a linear layer without bias before the model's normalisation, trained and saved with the rest.
 
-    At the full width every cosine stays what it was, but the first dimensions now hold what the first axes measure. The
-    turn is a linear layer without bias before the normalisation, trained and saved with the rest.
+    Orthonormal axes leave every cosine at the full width what it was, but the first dimensions then hold what the first
+    axes measure.
 
     Args:
         model: changed in place; its last module normalises.
-        axes: shape (width, width), an axis a row; for a cut that loses little, the `principal_axes` of pairs.
+        matrix: shape (width, width); a vector x becomes matrix @ x.
     """
     size = width(model)
-    turn = Dense(
-        size, size, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.from_numpy(axes.copy())
-    )
-    model.insert(len(model) - 1, turn.to(model.device))
+    weight = torch.from_numpy(matrix.copy())
+    layer = Dense(size, size, bias=False, activation_function=torch.nn.Identity(), init_weight=weight)
+    model.insert(len(model) - 1, layer.to(model.device))
 
 
 def merge(base: SentenceTransformer, tuned: SentenceTransformer, weight: float) -> SentenceTransformer:

@@ -12,15 +12,17 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from . import base_models, evaluation, files, hardware, pairs, training
+from .callbacks import StepTimer
 from .errors import InputError
 from .evaluation import Results, Task
 from .metrics import Interval
-from .profiles import Profile, get_profile
+from .profiles import Profile
 
-RECIPE = "the recipe"
+REFERENCE = "the reference"
+STEPS, LEARNING_RATE = 20, 2e-4
+"""Optimizer steps and learning rate of each experiment: a profile's own, from a map trained already, moves so little
+that no option would stand out."""
 MANY_EPOCHS = 4
-STEPS = 20
-"""Optimizer steps of each experiment: enough to tell options apart, a third of a whole run."""
 FEW_PASSAGES = 80
 """Training passages of the experiment with many epochs."""
 MERGE_WEIGHTS = (0.25, 0.5, 0.75)
@@ -28,7 +30,7 @@ MERGE_WEIGHTS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Option:
-    """One change to the recipe."""
+    """One change to the reference."""
 
     profile: Profile
     why: str
@@ -36,24 +38,37 @@ class Option:
     """Train on this many passages alone."""
     leak: bool = False
     """Train on the validation passages themselves, with every other question; the rest is asked afterwards."""
-    against: str = RECIPE
+    against: str = REFERENCE
     """The option that this one is compared with."""
 
 
 def options(profile: Profile) -> dict[str, Option]:
-    """Every option by its name, the recipe first; all see the same number of pairs unless they are about that."""
-    recipe = replace(profile, max_steps=STEPS, evaluations=1)
-    batch, dims = recipe.batch_size, recipe.dims
+    """Every option by its name, the reference first; all see the same number of pairs unless they are about that.
+
+    Args:
+        profile: what all have in common, but for the settings that make options visible, or cheap to measure.
+    """
+    reference = replace(
+        profile,
+        max_steps=STEPS,
+        evaluations=1,
+        learning_rate=LEARNING_RATE,
+        linear_layer="axes",
+        weight_exponent=1.0,
+        batches="similar_length",
+        train_seq_length=profile.max_seq_length // 2,
+    )
+    batch, dims = reference.batch_size, reference.dims
 
     def change(why: str, **settings: Any) -> Option:
-        return Option(replace(recipe, **settings), why)
+        return Option(replace(reference, **settings), why)
 
-    few = replace(recipe, max_steps=-1)
+    few = replace(reference, max_steps=-1)
     many = replace(few, epochs=MANY_EPOCHS)
     many_epochs = f"{FEW_PASSAGES} passages, {MANY_EPOCHS} epochs"
     return {
-        RECIPE: change(f"the first {STEPS} steps' worth of the profile {profile.name}"),
-        "no rotation": change("training starts from the model's own axes", rotate=False),
+        REFERENCE: change(f"{STEPS} steps from the turn at a learning rate of {LEARNING_RATE:.0e}"),
+        "no rotation": change("training starts from the model's own axes", linear_layer=None),
         "equal weights": change("the loss of each dimension counts once", weight_exponent=0.0),
         "milder weights": change("a dimension a quarter as large counts twice", weight_exponent=0.5),
         "full dimension left out": change("as the card did", dims=dims[1:], full_dimension=False),
@@ -72,7 +87,7 @@ def options(profile: Profile) -> dict[str, Option]:
         "nothing frozen": change("all weights are trained", frozen_layers=0, train_token_embeddings=True),
         "eager attention": change("the fused one is the library's default", attention="eager"),
         "random batches": change("without duplicates, of all lengths", batches="no_duplicates"),
-        f"cap of {recipe.max_seq_length} tokens": change("as in evaluation", train_seq_length=None),
+        f"cap of {reference.max_seq_length} tokens": change("as in evaluation", train_seq_length=None),
         f"{FEW_PASSAGES} passages, 1 epoch": Option(few, "few pairs", FEW_PASSAGES),
         many_epochs: Option(many, "few pairs, many times", FEW_PASSAGES),
         f"leak, {MANY_EPOCHS} epochs": Option(
@@ -92,7 +107,7 @@ def run(
     """Train and measure every option on the validation questions among the validation passages.
 
     Args:
-        profile: the recipe.
+        profile: what the reference is made from (see `options`).
         course_pairs: all pairs.
         folder: keeps each finished option, so that an interrupted run goes on where it stopped.
         names: of the options to run; all without any.
@@ -100,8 +115,8 @@ def run(
         show_progress: show a bar over the options.
 
     Returns:
-        records: option, why, pairs seen, seconds of training, and for each dim ndcg@10 and the paired difference from
-        the recipe, each with its interval.
+        records: option, why, pairs seen, seconds of its steps, and for each dim ndcg@10 and the paired difference from
+        the reference, each with its interval.
 
     Raises:
         InputError: there is no such option.
@@ -110,7 +125,7 @@ def run(
     for name in names:
         if name not in known:
             raise InputError(f"no option {name!r}: choose from {', '.join(known)}")
-    chosen = [RECIPE, *(name for name in (names or known) if name != RECIPE)]
+    chosen = [REFERENCE, *(name for name in (names or known) if name != REFERENCE)]
     for name in tqdm(chosen, desc="options", unit="option", disable=not show_progress):
         path = folder / name.replace(" ", "_")
         if not path.with_suffix(".json").is_file():
@@ -120,7 +135,7 @@ def run(
 
 
 def _measure(option: Option, course_pairs: pd.DataFrame, dims: Sequence[int], seed: int, cache: Path) -> Results:
-    """Train one option and measure it at all of the recipe's dims, whatever it was trained on."""
+    """Train one option and measure it at all of the reference's dims, whatever it was trained on."""
     profile = option.profile
     dataset = pairs.split(course_pairs)
     if option.leak:
@@ -132,13 +147,13 @@ def _measure(option: Option, course_pairs: pd.DataFrame, dims: Sequence[int], se
         dataset["train"] = dataset["train"].filter(lambda row: row["passage_id"] in few)
     device = hardware.device()
     model = base_models.load(profile.base_model, profile.max_seq_length, device).model
+    timer = StepTimer()
     with tempfile.TemporaryDirectory() as work:
-        log = training.train(model, dataset, profile, Path(work), seed, cache=cache)
+        log = training.train(model, dataset, profile, Path(work), seed, callbacks=[timer], cache=cache)
     task = evaluation.build_task(dataset, "validation", corpus="own")
     results = evaluation.evaluate(model, task, dims, hardware.precision(device))
-    return Results(
-        results.table, {**results.info, **{key: log.info[key] for key in ("pairs_seen", "seconds", "steps")}}
-    )
+    measured = {"pairs_seen": log.info["pairs_seen"], "seconds": sum(timer.seconds)}
+    return Results(results.table, {**results.info, **measured})
 
 
 def _row(name: str, option: Option, results: Mapping[str, Results]) -> dict[str, Any]:
@@ -150,53 +165,40 @@ def _row(name: str, option: Option, results: Mapping[str, Results]) -> dict[str,
     both = Results(other[other["question_id"].isin(found.table["question_id"])], {})
     for dim in found.dims:
         row[str(dim)] = asdict(found.interval(dim))
-        row[f"{dim} difference"] = asdict(found.difference(both, dim)) if name != RECIPE else None
+        row[f"{dim} difference"] = asdict(found.difference(both, dim)) if name != REFERENCE else None
     return row
 
 
 def merging(
-    base: SentenceTransformer, tuned: SentenceTransformer, tasks: Mapping[str, Task], dims: Sequence[int]
+    base: SentenceTransformer,
+    tuned: SentenceTransformer,
+    tasks: Mapping[str, Task],
+    dims: Sequence[int],
+    show_progress: bool = False,
 ) -> list[dict[str, Any]]:
     """ndcg@10 on several tasks along the straight line from the base model's weights to the tuned ones.
 
     Args:
-        base: of the same shape as `tuned`, rotated too if that is.
+        base: of the same shape as `tuned`, turned onto the principal axes where that has a linear layer.
         tuned: the fine-tuned model.
         tasks: by name, for example the validation questions and general ones.
         dims: at which dimensions.
+        show_progress: show a bar over the weights.
 
     Returns:
         records of weight, task, dim, value, low, high.
     """
     rows: list[dict[str, Any]] = []
     precision = hardware.precision(tuned.device.type)
-    for weight in tqdm((0.0, *MERGE_WEIGHTS, 1.0), desc="merging", unit="weight"):
+    for weight in tqdm((0.0, *MERGE_WEIGHTS, 1.0), desc="merging", unit="weight", disable=not show_progress):
         model = base_models.merge(base, tuned, weight)
         for name, results in evaluation.evaluate_tasks(model, tasks, dims, precision).items():
             rows += [{"weight": weight, "task": name, "dim": dim, **asdict(results.interval(dim))} for dim in dims]
     return rows
 
 
-def merging_of_run(run_dir: Path, general: Task) -> list[dict[str, Any]]:
-    """`merging` for a finished run of the course: its validation questions among their passages, and general ones.
-
-    Raises:
-        InputError: the run has not come to chapter 04.
-    """
-    log = training.TrainingRun.load(run_dir / "model" / "training.json")
-    dataset = pairs.load(run_dir / "pairs")
-    device = hardware.device()
-    base, tuned = (base_models.load(str(run_dir / name), device=device).model for name in ("base_model", "model"))
-    profile = get_profile(log.info["profile"]["name"])
-    if profile.rotate:
-        axes = training.principal_axes(base, dataset["train"], cache=run_dir / "embeddings")
-        base_models.rotate(base, axes)
-    tasks = {"tax law": evaluation.build_task(dataset, "validation", corpus="own"), "general": general}
-    return merging(base, tuned, tasks, log.info["dims"])
-
-
 def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """What `run` returned, for people: ndcg@10 of the recipe, then each option's difference from what it is against."""
+    """What `run` returned, for people: ndcg@10 of the reference, then each option's difference from its other side."""
     dims = [key for key in table[0] if key.isdigit()]
     lines = [
         "| option | what it is | pairs/s | " + " | ".join(dims) + " |",
@@ -206,26 +208,26 @@ def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
         cells = []
         for dim in dims:
             found = Interval(**(row[f"{dim} difference"] or row[dim]))
-            sign = "" if row["option"] == RECIPE else "+"
+            sign = "" if row["option"] == REFERENCE else "+"
             cells.append(f"{found.value:{sign}.3f} ± {found.half:.3f}")
-        against = "" if row["against"] == RECIPE else f"; against {row['against']}"
+        against = "" if row["against"] == REFERENCE else f"; against {row['against']}"
         start = f"| {row['option']} | {row['why']}{against} | {row['pairs_seen'] / row['seconds']:.0f} |"
         lines.append(f"{start} " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote: "options", as `run` returned them, and "merging", as `merging` did.
+def load(path: Path) -> list[dict[str, Any]]:
+    """What `save` wrote.
 
     Raises:
         InputError: there is no such file.
     """
     if not path.is_file():
         raise InputError(f"{path} is missing: python -m bmf_matryoshka experiments makes it")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
-def save(options_table: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write both tables as JSON."""
-    files.write_json(path, {"options": list(options_table), "merging": list(merged)})
+def save(table: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write what `run` returned as JSON."""
+    files.write_json(path, list(table))

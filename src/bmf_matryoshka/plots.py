@@ -90,7 +90,7 @@ def loss_curve(losses: pd.DataFrame, ax: Axes) -> Axes:
     line = {**LINES[0], "marker": None}
     ax.plot(losses["step"], losses["loss"], **line)
     ax.set_xlabel("optimizer step")
-    ax.set_ylabel("Matryoshka loss (sum over dimensions)")
+    ax.set_ylabel("Matryoshka loss (weighted sum over dimensions)")
     ax.set_ylim(bottom=0)
     return ax
 

@@ -40,8 +40,9 @@ class Profile:
     """The loss at a dimension d of D at most weighs (D / d) to this power; 0 for equal weights."""
     dims_per_step: int = -1
     """Train only this many dimensions, drawn anew, in each step; -1 for all."""
-    rotate: bool = False
-    """Start from the principal axes of the training pairs (see `base_models.principal_axes`)."""
+    linear_layer: Literal["axes", "map"] | None = None
+    """Add a square layer behind the pooling, which starts as the principal axes of the training pairs' vectors, or as
+    the linear map that MatryoshkaLoss makes of them (see `training.linear_map`); then it is trained with the rest."""
     chosen_by: int | Literal["mean"] = "mean"
     """The checkpoint kept is the best by ndcg@10 at this dimension, or by the mean over the dimensions."""
     evaluations: int | None = None
@@ -163,21 +164,18 @@ LAPTOP = Profile(
     dims=(384, 256, 128, 64, 32),
     full_dimension=True,
     max_seq_length=256,
-    train_seq_length=128,
     batch_size=32,
     gradient_accumulation_steps=1,
     epochs=1,
-    max_steps=50,
+    max_steps=30,
     evaluations=2,
-    learning_rate=2e-4,
+    learning_rate=2e-5,
     warmup=0.1,
     scale=60.0,
-    batches="similar_length",
     dropout=False,
     train_token_embeddings=False,
     frozen_layers=8,
-    rotate=True,
-    weight_exponent=1.0,
+    linear_layer="map",
 )
 
 SMOKE = Profile(
@@ -196,7 +194,7 @@ SMOKE = Profile(
     dropout=False,
     train_token_embeddings=False,
     frozen_layers=8,
-    rotate=True,
+    linear_layer="map",
     max_steps=6,
     evaluations=2,
     max_passages=60,

@@ -200,6 +200,9 @@ def _encode(
         return vectors
     if precision != "float32":
         model = _cast(model, getattr(torch, precision))
+    # Told the device, the library leaves the batch to this model. Otherwise, in a training with several processes, it
+    # shares the batch with their models, which are not cast, and the result differs from that of one process.
+    device = str(model.device)
     encode_kind = model.encode_query if kind == "query" else model.encode_document
     limit = model.max_seq_length or np.iinfo(np.int32).max
     lengths = [min(limit, length) for length in base_models.count_tokens(model, texts)]
@@ -211,6 +214,7 @@ def _encode(
                 batch_size=len(batch),
                 show_progress_bar=False,
                 convert_to_tensor=True,
+                device=device,
             )
             vectors[batch] = rows.float().cpu().numpy()
             bar.update(len(batch))

@@ -24,7 +24,6 @@ DEFAULTS = replace(
     LAPTOP,
     attention="sdpa",
     dropout=True,
-    batches="no_duplicates",
     train_token_embeddings=True,
     frozen_layers=0,
 )

@@ -1,6 +1,6 @@
 # make course: the whole course on this machine; make test: every check; make lab: open the
 # notebooks; make bench: compare every way to search, after make course; make experiments: what each setting of the
-# training does, after make course, half an hour or more; make publish: take a run's notebooks and figures into the project.
+# training does, half an hour or more; make publish: take a run's notebooks and figures into the project.
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin

@@ -77,6 +77,11 @@ def test_the_chapters_really_measured(smoke_run: Path) -> None:
     assert fifth["fine_tuned"]["32"] > fifth["untuned"]["32"] + 0.03
     assert fifth["rotated"]["32"] > fifth["untuned"]["32"] + 0.03
     assert fourth["share_in_shortest"]["principal axes"] > fourth["share_in_shortest"]["own axes"]
+    assert fourth["layers"]["principal axes"] > fourth["layers"]["own axes"]
+    assert fourth["layers"]["linear map"] > fourth["layers"]["own axes"]
+    assert [row["weight"] for row in fourth["merging"] if (row["task"], row["dim"]) == ("general", 32)] == [
+        0.0, 0.25, 0.5, 0.75, 1.0
+    ]  # fmt: skip
     assert fourth["batches"]["cached"] == pytest.approx(fourth["batches"]["whole"], rel=1e-3)
     assert fourth["batches"]["accumulated"] < fourth["batches"]["whole"] - 0.1
     assert abs(fifth["forgotten"]["384"]) < 0.3

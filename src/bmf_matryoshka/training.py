@@ -42,7 +42,7 @@ from .profiles import Profile
 LOGS_PER_RUN = 50
 COMPLETE = "complete"
 """The file that a checkpoint gets last: without it, writing was cut short."""
-MAP_STEPS, MAP_BATCH, MAP_LEARNING_RATE = 200, 512, 5e-4
+MAP_STEPS, MAP_BATCH, MAP_LEARNING_RATE = 300, 512, 5e-4
 """Of `linear_map`; chosen on the validation questions."""
 KEPT_TOLERANCE = 1e-4
 """How far two evaluations of the same weights may differ."""

@@ -19,13 +19,13 @@ from bmf_matryoshka.profiles import LAPTOP
 def main() -> None:
     """Compare on unique passages in float32 and the machine's best precision, then under the card's protocol."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--passages", type=int, default=300, help="passages of the course to use")
+    parser.add_argument("--passages", type=int, help="passages of the course to use; all without it")
     parser.add_argument("--card-passages", type=int, default=60, help="the same for the card's protocol")
     arguments = parser.parse_args()
     table = course_data.read_folder(Path(__file__).resolve().parents[2] / "data").pairs()
     model = base_models.load(LAPTOP.base_model, LAPTOP.max_seq_length).model
     best = hardware.precision("cpu")
-    plans: list[tuple[evaluation.Protocol, int, tuple[hardware.Precision, ...]]] = [
+    plans: list[tuple[evaluation.Protocol, int | None, tuple[hardware.Precision, ...]]] = [
         ("passage", arguments.passages, ("float32", best)),
         ("card", arguments.card_passages, ("float32",)),
     ]

@@ -23,6 +23,15 @@ def test_every_option_changes_one_thing_and_fits_the_model() -> None:
     assert len({str(option) for option in options.values()}) == len(options)
 
 
+def test_the_published_table_holds_the_options_that_the_command_measures() -> None:
+    root = Path(__file__).resolve().parents[1]
+    published = experiments.load(root / "figures" / "experiments.json")
+    options = experiments.options(LAPTOP)
+    assert [(row["option"], row["why"], row["against"]) for row in published] == [
+        (name, option.why, option.against) for name, option in options.items()
+    ]
+
+
 def test_options_are_measured_against_the_reference_and_kept(
     course: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@ import copy
 import resource
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -295,7 +295,7 @@ def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
 
 
 def test_a_linear_map_starts_at_the_axes_and_lowers_the_loss_at_each_dim(
-    model: SentenceTransformer, small: DatasetDict, tmp_path: Path
+    model: SentenceTransformer, small: DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, first = np.unique(small["train"]["passage_id"], return_index=True)
     train = small["train"].select(first)
@@ -316,19 +316,20 @@ def test_a_linear_map_starts_at_the_axes_and_lowers_the_loss_at_each_dim(
     assert not np.array_equal(maps[0], maps[2])
     for dim in (384, 32):
         assert loss(maps[0], dim) < 0.5 * loss(axes, dim)
-    np.testing.assert_array_equal(training.linear_map(model, train, (384, 32), cache=tmp_path, steps=0), axes)
+    monkeypatch.setattr(training, "MAP_STEPS", 0)
+    np.testing.assert_array_equal(training.linear_map(model, train, (384, 32), cache=tmp_path), axes)
 
 
 def test_the_linear_layer_starts_as_the_profile_says(
     model: SentenceTransformer, small: DatasetDict, tmp_path: Path
 ) -> None:
     train = small["train"]
-    expected = {
+    expected: dict[Literal["axes", "map"], NDArray[np.float32]] = {
         "axes": training.principal_axes(model, train, cache=tmp_path),
         "map": training.linear_map(model, train, SMOKE.dims, SMOKE.scale, 3, cache=tmp_path),
     }
     for linear_layer, matrix in expected.items():
-        profile = replace(SMOKE, linear_layer=linear_layer)  # type: ignore[arg-type]
+        profile = replace(SMOKE, linear_layer=linear_layer)
         longer = copy.deepcopy(model)
         training.add_linear_layer(longer, train, profile, 3, tmp_path)
         assert [type(module).__name__ for module in longer] == ["Transformer", "Pooling", "Dense", "Normalize"]

@@ -198,7 +198,7 @@ def merging(
 
 
 def as_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """What `run` returned, for people: ndcg@10 of the reference, then each option's difference from its other side."""
+    """What `run` returned, for people: ndcg@10 of the reference, then the other options' differences."""
     dims = [key for key in table[0] if key.isdigit()]
     lines = [
         "| option | what it is | pairs/s | " + " | ".join(dims) + " |",

@@ -51,10 +51,14 @@ def precision(device: str) -> Precision:
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device == "cpu":
-        has = torch.cpu.get_capabilities()
-        claimed = has.get("avx512_bf16") or has.get("amx_bf16")
-        return "bfloat16" if claimed and bfloat16_gain() > LEAST_GAIN else "float32"
+        return "bfloat16" if cpu_has_bfloat16() and bfloat16_gain() > LEAST_GAIN else "float32"
     return "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; without, PyTorch emulates them, hundreds of times slower."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 @cache

@@ -310,7 +310,6 @@ def linear_map(
     seed: int = 42,
     show_progress: bool = False,
     cache: Path | None = None,
-    steps: int = MAP_STEPS,
 ) -> NDArray[np.float32]:
     """A square matrix for the model's vectors, trained with MatryoshkaLoss while the model itself stays as it is.
 
@@ -327,7 +326,6 @@ def linear_map(
         seed: for the batches: a question each of different passages.
         show_progress: show bars.
         cache: see `retrieval.encode`.
-        steps: optimizer steps.
 
     Returns:
         shape (width, width); a vector x becomes matrix @ x.
@@ -340,8 +338,8 @@ def linear_map(
     pairs_of = train.to_pandas().groupby("passage_id", sort=False).indices
     generator = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(dense.parameters(), lr=MAP_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), desc="linear map", unit="step", disable=not show_progress):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MAP_STEPS)
+    for _ in tqdm(range(MAP_STEPS), desc="linear map", unit="step", disable=not show_progress):
         drawn = generator.permutation(list(pairs_of))[:MAP_BATCH]
         rows = [generator.choice(pairs_of[passage]) for passage in drawn]
         optimizer.zero_grad()

@@ -15,11 +15,16 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import TrainerCallback
 
 from bmf_matryoshka import base_models, training
-from bmf_matryoshka.batches import SimilarLengthBatchSampler
+from bmf_matryoshka.batches import SimilarLengthBatchSampler, length_groups
 from bmf_matryoshka.callbacks import LossError
 from bmf_matryoshka.errors import InputError
 from bmf_matryoshka.profiles import CARD, COLAB, LAPTOP, SMOKE
 from bmf_matryoshka.training import CheckpointError
+
+
+@pytest.fixture
+def fresh(model: SentenceTransformer) -> SentenceTransformer:
+    return copy.deepcopy(model)
 
 
 def make_sampler(dataset: Dataset, batch_size: int, drop_last: bool = False) -> SimilarLengthBatchSampler:
@@ -68,6 +73,37 @@ def test_batches_cover_the_data_differ_by_epoch_and_are_of_similar_length() -> N
     assert len(make_sampler(dataset.select(range(639)), 32, drop_last=True)) == 19
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 4])
+def test_length_groups_give_the_same_loss_and_gradients_with_less_padding(
+    fresh: SentenceTransformer, mini_batch_size: int | None
+) -> None:
+    texts = [[f"{word} " * (1 + 7 * n % 40) for n in range(8)] for word in ("Frage", "Absatz")]
+    seen: list[torch.Tensor] = []
+    fresh[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]["attention_mask"]))
+    loss = training.build_loss(fresh, (384, 64), mini_batch_size=mini_batch_size)
+    weight = base_models.transformer(fresh).get_parameter("encoder.layer.11.output.dense.weight")
+
+    def measure() -> tuple[float, torch.Tensor, float]:
+        seen.clear()
+        fresh.zero_grad()
+        value = loss([fresh.preprocess(part) for part in texts], torch.empty(0))
+        value.backward()
+        assert weight.grad is not None
+        padded = 1 - float(torch.cat([mask.flatten() for mask in seen]).float().mean())
+        return value.item(), weight.grad.clone(), padded
+
+    whole, whole_gradient, whole_padded = measure()
+    forward = fresh.forward
+    with length_groups(fresh, 60):
+        parts, gradient, padded = measure()
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert torch.allclose(gradient, whole_gradient, rtol=1e-3, atol=1e-6)
+    assert padded < whole_padded / 2
+    with pytest.raises(ZeroDivisionError), length_groups(fresh, 60):
+        raise ZeroDivisionError
+    assert fresh.forward == forward
+
+
 def test_the_cached_loss_equals_the_plain_one(model: SentenceTransformer) -> None:
     features = [model.preprocess([f"{word} {n}" for n in range(6)]) for word in ("Frage", "Absatz")]
     with torch.no_grad():
@@ -89,11 +125,6 @@ def test_arguments_say_what_the_profile_says(tmp_path: Path) -> None:
     assert (card.batch_sampler, card.optim, card.eval_strategy) == ("no_duplicates", "adamw_torch_fused", "epoch")
     assert (card.load_best_model_at_end, card.report_to, card.bf16, card.fp16) == (True, [], False, False)
     assert arguments(LAPTOP, tmp_path, "bfloat16").bf16
-
-
-@pytest.fixture
-def fresh(model: SentenceTransformer) -> SentenceTransformer:
-    return copy.deepcopy(model)
 
 
 def test_training_learns_keeps_the_best_checkpoint_and_restores_the_model(
@@ -220,6 +251,28 @@ def test_activation_checkpointing_changes_no_number(
         assert not base_models.transformer(changed).is_activation_checkpointing
     assert seen == [False, False, True, True]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_profile_with_length_groups_trains_on_less_padding_to_the_same_losses(
+    model: SentenceTransformer, small: DatasetDict, tmp_path: Path
+) -> None:
+    shares, losses = [], []
+    for groups in (False, True):
+        masks: list[torch.Tensor] = []
+        fresh = copy.deepcopy(model)
+        fresh.max_seq_length = 256
+
+        def note(module: torch.nn.Module, inputs: Any, masks: list[torch.Tensor] = masks) -> None:
+            if module.training:
+                masks.append(inputs[0]["attention_mask"].flatten())
+
+        fresh[0].register_forward_pre_hook(note)
+        profile = replace(SMOKE, max_steps=2, length_groups=groups, linear_layer=None, frozen_layers=11)
+        run = training.train(fresh, small, profile, tmp_path / str(groups))
+        losses.append(run.losses["loss"].tolist())
+        shares.append(float(torch.cat(masks).float().mean()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert shares[1] > shares[0] + 0.05, shares
 
 
 def test_adapters_train_beside_frozen_weights_and_leave_a_plain_model(

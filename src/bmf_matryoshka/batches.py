@@ -1,19 +1,25 @@
-"""Which pairs share a batch."""
+"""Which pairs share a batch, and how a batch goes through the model."""
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import DefaultBatchSampler
+
+from .retrieval import token_batches
+
+Features = dict[str, Any]
 
 
 class SimilarLengthBatchSampler(DefaultBatchSampler):
     """Batches of pairs with passages of similar length, in which no passage answers another pair's question.
 
-    Padding wastes half of a random batch; sorting by length (with 20 % of noise, so that batches differ between epochs)
-    saves most of it. The last pairs of an epoch that fit no batch wait for the next epoch.
+    Sorted by length, with 20 % of noise, so that batches differ between epochs: this saves most of the padding. The
+    last pairs of an epoch that fit no batch wait for the next epoch.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, **options: Any):
@@ -51,3 +57,36 @@ class SimilarLengthBatchSampler(DefaultBatchSampler):
             answers |= self.relevant[pair]
         waiting.extendleft(reversed(skipped))
         return batch
+
+
+@contextmanager
+def length_groups(model: SentenceTransformer, budget: int) -> Iterator[None]:
+    """Inside the block, the model takes each batch in groups of texts of similar length.
+
+    A group is padded to its own longest text only. Embeddings and gradients are those of the batch in one piece, so a
+    loss still tells each text apart from all others of the batch.
+
+    Args:
+        model: works as before outside of the block.
+        budget: tokens a group, padding included.
+    """
+    whole = model.forward
+
+    def in_groups(features: Features, **options: Any) -> Features:
+        lengths = features["attention_mask"].sum(dim=1).tolist()
+        groups = list(token_batches(lengths, budget))
+        parts = [whole(_rows(features, group), **options) for group in groups]
+        order = torch.tensor([row for group in groups for row in group]).argsort()
+        return {"sentence_embedding": torch.cat([part["sentence_embedding"] for part in parts])[order]}
+
+    model.forward = in_groups  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.forward = whole  # type: ignore[method-assign]
+
+
+def _rows(features: Features, rows: list[int]) -> Features:
+    """Some rows of a batch, without the columns that are padding in all of them."""
+    used = features["attention_mask"][rows].any(dim=0)
+    return {key: value[rows][:, used] if torch.is_tensor(value) else value for key, value in features.items()}

@@ -55,7 +55,6 @@ def options(profile: Profile) -> dict[str, Option]:
         learning_rate=LEARNING_RATE,
         linear_layer="axes",
         weight_exponent=1.0,
-        batches="similar_length",
         train_seq_length=profile.max_seq_length // 2,
     )
     batch, dims = reference.batch_size, reference.dims
@@ -83,10 +82,12 @@ def options(profile: Profile) -> dict[str, Option]:
         "columns reversed": change("as the card did: passages look for questions", columns=("positive", "anchor")),
         "dropout .1": change("the model's default", dropout=True),
         "only the turn trained": change("every layer of the model is frozen", frozen_layers=12),
+        "two more layers trained": change("the backward pass goes deeper", frozen_layers=reference.frozen_layers - 2),
         "no layer frozen": change("the embeddings stay frozen", frozen_layers=0),
         "nothing frozen": change("all weights are trained", frozen_layers=0, train_token_embeddings=True),
         "eager attention": change("the fused one is the library's default", attention="eager"),
-        "random batches": change("without duplicates, of all lengths", batches="no_duplicates"),
+        "no length groups": change("each batch padded as a whole, as the trainer does", length_groups=False),
+        "batches of similar length": change("little padding even without groups", batches="similar_length"),
         f"cap of {reference.max_seq_length} tokens": change("as in evaluation", train_seq_length=None),
         f"{FEW_PASSAGES} passages, 1 epoch": Option(few, "few pairs", FEW_PASSAGES),
         many_epochs: Option(many, "few pairs, many times", FEW_PASSAGES),

@@ -58,6 +58,8 @@ class Profile:
     columns: tuple[str, str] = ("anchor", "positive")
     """MultipleNegativesRankingLoss takes the first column as the query."""
     batches: Literal["no_duplicates", "similar_length"] = "no_duplicates"
+    length_groups: bool = False
+    """Take a batch through the model in groups of texts of similar length: the same numbers with less padding."""
     mini_batch_size: int | None = None
     """A number switches to CachedMultipleNegativesRankingLoss with mini-batches of this many pairs."""
     activation_checkpointing: bool = False
@@ -172,9 +174,10 @@ LAPTOP = Profile(
     learning_rate=2e-5,
     warmup=0.1,
     scale=60.0,
+    length_groups=True,
     dropout=False,
     train_token_embeddings=False,
-    frozen_layers=8,
+    frozen_layers=10,
     linear_layer="map",
 )
 
@@ -190,7 +193,7 @@ SMOKE = Profile(
     learning_rate=1e-4,
     warmup=0.1,
     scale=60.0,
-    batches="similar_length",
+    length_groups=True,
     dropout=False,
     train_token_embeddings=False,
     frozen_layers=8,

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from . import adapters, base_models, hardware, retrieval
-from .batches import SimilarLengthBatchSampler
+from .batches import SimilarLengthBatchSampler, length_groups
 from .callbacks import LogFile, LossGuard, ProgressBar
 from .errors import InputError
 from .evaluation import MatryoshkaEvaluator, build_task
@@ -239,6 +239,8 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if profile.batches == "similar_length":
             trainer.batch_source = dataset["train"]
+        if profile.length_groups:
+            trainer.group_tokens = hardware.token_budget(device)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         # The trainer only logs an error where the best checkpoint cannot be loaded, so look at what was loaded.
@@ -404,6 +406,8 @@ class _Trainer(SentenceTransformerTrainer):
 
     batch_source: Dataset | None = None
     """Pairs with all their columns: switches to batches of similar length."""
+    group_tokens: int | None = None
+    """Tokens a group: switches to length groups."""
 
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **options: Any
@@ -412,6 +416,12 @@ class _Trainer(SentenceTransformerTrainer):
         if self.batch_source is None:
             return super().get_batch_sampler(dataset, batch_size, drop_last, *args, **options)
         return SimilarLengthBatchSampler(self.batch_source, batch_size, drop_last, *args, **options)
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        if self.group_tokens is None:
+            return super().training_step(*args, **options)
+        with length_groups(self.model, self.group_tokens):
+            return super().training_step(*args, **options)
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

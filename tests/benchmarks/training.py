@@ -22,6 +22,7 @@ from bmf_matryoshka.profiles import LAPTOP, Profile
 
 DEFAULTS = replace(
     LAPTOP,
+    length_groups=False,
     attention="sdpa",
     dropout=True,
     train_token_embeddings=True,

@@ -47,7 +47,7 @@ def main() -> None:
             out = folder / f"broken-{run}"
             work = folder / f".{out.name}-checkpoints"
             kills = 0
-            while kills < KILLS_A_RUN:
+            while kills < KILLS_A_RUN and not done(out, work):
                 process = start(mine, out)
                 phase = kill(process, work, chance, in_checkpoint=kills % 2 == 1)
                 if phase is None:
@@ -56,7 +56,7 @@ def main() -> None:
                 kills += 1
                 counts[phase] += 1
                 print(f"run {run}: {phase}, whole checkpoint: {training.last_checkpoint(work)}", flush=True)
-            if not out.exists() or work.exists():
+            if not done(out, work):
                 finish(start(mine, out), out)
             found = training.TrainingRun.load(out / "training.json").evaluations[KEYS]
             largest = abs(found.to_numpy() - expected.to_numpy()).max()
@@ -75,6 +75,11 @@ def start(pairs_file: Path, out: Path) -> subprocess.Popen[bytes]:
     command += [f"evaluations={STEPS // STEPS_A_CHECKPOINT}"]
     with log(out).open("ab") as errors:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def done(out: Path, work: Path) -> bool:
+    """Whether nothing is left to resume: a kill may come when all has been saved."""
+    return out.exists() and not work.exists()
 
 
 def log(out: Path) -> Path:

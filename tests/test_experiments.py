@@ -32,6 +32,33 @@ def test_the_published_table_holds_the_options_that_the_command_measures() -> No
     ]
 
 
+def test_the_published_table_says_what_chapter_04_reads_in_it() -> None:
+    rows = {
+        row["option"]: row
+        for row in experiments.load(Path(__file__).resolve().parents[1] / "figures" / "experiments.json")
+    }
+    dims = [str(dim) for dim in LAPTOP.dims]
+    rate = {name: row["pairs_seen"] / row["seconds"] for name, row in rows.items()}
+
+    def differences(name: str, key: str) -> list[float]:
+        return [rows[name][f"{dim} difference"][key] for dim in dims]
+
+    leak = differences("leak, 4 epochs", "low")
+    assert min(leak) > 0
+    assert leak[-1] == max(leak)
+    once, often = (differences(f"80 passages, {epochs}", "value") for epochs in ("1 epoch", "4 epochs"))
+    assert all(more <= less for more, less in zip(often, once, strict=True))
+    assert differences("no rotation", "value")[0] > -0.01
+    assert -0.25 < differences("no rotation", "value")[-1] < -0.15
+    for name in ("only the turn trained", "columns reversed"):
+        assert max(differences(name, "high")) < 0, name
+    for name in ("no layer frozen", "nothing frozen"):
+        assert max(differences(name, "value")) < 0, name
+        assert rate[name] < 0.6 * rate[experiments.REFERENCE], name
+    assert max(differences("batches of similar length", "value")) < 0
+    assert max(map(abs, differences("no length groups", "value"))) < 0.0005
+
+
 def test_options_are_measured_against_the_reference_and_kept(
     course: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def merging(
     tasks: Mapping[str, Task],
     dims: Sequence[int],
     show_progress: bool = False,
+    cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """ndcg@10 on several tasks along the straight line from the base model's weights to the tuned ones.
 
@@ -185,6 +186,7 @@ def merging(
         tasks: by name, for example the validation questions and general ones.
         dims: at which dimensions.
         show_progress: show a bar over the weights.
+        cache: see `retrieval.encode`; it may know the fine-tuned model's embeddings already.
 
     Returns:
         records of weight, task, dim, value, low, high.
@@ -193,7 +195,7 @@ def merging(
     precision = hardware.precision(tuned.device.type)
     for weight in tqdm((0.0, *MERGE_WEIGHTS, 1.0), desc="merging", unit="weight", disable=not show_progress):
         model = base_models.merge(base, tuned, weight)
-        for name, results in evaluation.evaluate_tasks(model, tasks, dims, precision).items():
+        for name, results in evaluation.evaluate_tasks(model, tasks, dims, precision, cache=cache).items():
             rows += [{"weight": weight, "task": name, "dim": dim, **asdict(results.interval(dim))} for dim in dims]
     return rows
 

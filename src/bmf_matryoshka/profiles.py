@@ -58,6 +58,7 @@ class Profile:
     columns: tuple[str, str] = ("anchor", "positive")
     """MultipleNegativesRankingLoss takes the first column as the query."""
     batches: Literal["no_duplicates", "similar_length"] = "no_duplicates"
+    """The library's random batches, in which no text occurs twice, or `batches.SimilarLengthBatchSampler`."""
     length_groups: bool = False
     """Take a batch through the model in groups of texts of similar length: the same numbers with less padding."""
     mini_batch_size: int | None = None

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -418,9 +418,7 @@ class _Trainer(SentenceTransformerTrainer):
         return SimilarLengthBatchSampler(self.batch_source, batch_size, drop_last, *args, **options)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        if self.group_tokens is None:
-            return super().training_step(*args, **options)
-        with length_groups(self.model, self.group_tokens):
+        with length_groups(self.model, self.group_tokens) if self.group_tokens else nullcontext():
             return super().training_step(*args, **options)
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:

@@ -181,6 +181,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from . import base_models, hardware, memory, training
     from .callbacks import LossError
+    from .hidden_states import HiddenStates
 
     device = hardware.device()
     base_model = arguments.base_model or profile.base_model
@@ -191,6 +192,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with hardware.first_process_first():
         loaded = base_models.load(base_model, profile.max_seq_length, device)
     profile.dims_for(base_models.width(loaded.model))
+    HiddenStates(profile.frozen_layers).attach(loaded.model)
     first = hardware.is_first_process()
     if first:
         print(f"base model: {loaded.source}")

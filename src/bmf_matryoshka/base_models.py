@@ -1,6 +1,7 @@
 """A base model as a SentenceTransformer: from the hub, from the offline bundle, or from a folder."""
 
 import copy
+import hashlib
 import logging
 import os
 import re
@@ -167,6 +168,15 @@ def transformer(model: SentenceTransformer) -> PreTrainedModel:
     inner = model[0].auto_model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of the names, types, shapes and values of weights."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]:

@@ -70,13 +70,9 @@ def encode(
 
 def fingerprint(model: SentenceTransformer) -> str:
     """A hash of what determines a model's embeddings: weights, modules, length limit, prompts."""
-    digest = hashlib.sha256()
     described = [str(model), model.max_seq_length, sorted(model.prompts.items())]
-    digest.update(json.dumps(described).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    described.append(base_models.hash_weights(model.state_dict()))
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

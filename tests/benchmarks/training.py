@@ -2,7 +2,7 @@
 
 The defaults: float32, sdpa attention, dropout, random batches padded as a whole, every weight trained. Everything else
 is the profile laptop's: the same pairs, cap on tokens, batch size, steps, learning rate and loss. Ours is trained
-before and after them.
+before and after them, without the memory of hidden states that the command `train` and chapter 04 add.
 
 Usage: python tests/benchmarks/training.py [--steps N]
 """

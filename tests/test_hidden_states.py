@@ -9,7 +9,7 @@ from torch.nn import Dropout, Module
 
 from bmf_matryoshka import base_models, dry_run, hardware, memory, retrieval, training
 from bmf_matryoshka.errors import InputError
-from bmf_matryoshka.hidden_states import HiddenStates
+from bmf_matryoshka.hidden_states import MOST_BYTES, HiddenStates
 
 TEXTS = ["Umsatzsteuer", "Die Steuer entsteht mit Ablauf des Voranmeldungszeitraums.", "Wer zahlt?", "§ 15 <pad> UStG"]
 
@@ -151,6 +151,16 @@ def test_the_limit_holds_and_changes_no_embedding(plain: SentenceTransformer) ->
     for _ in range(2):
         np.testing.assert_allclose(encode(plain, TEXTS), expected, atol=1e-6)
     assert 0 < states.bytes <= 1_000
+
+
+def test_the_memory_takes_a_quarter_of_what_is_free_at_most(
+    plain: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, limit in ((400, 100), (2**40, MOST_BYTES)):
+        monkeypatch.setattr(memory, "available", lambda _, free=free: free)
+        states = HiddenStates(2)
+        states.attach(plain)
+        assert states.limit == limit
 
 
 @pytest.mark.parametrize("layers", [-1, 4])

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import Dropout, Module, ModuleList, Parameter
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
-from . import base_models
+from . import base_models, memory
 from .errors import InputError
 
 Key = tuple[str, torch.dtype | None, bytes]
+MOST_BYTES = 2 * 2**30
 
 
 class HiddenStates:
@@ -25,12 +26,13 @@ class HiddenStates:
     so it is never taken for another's. While the lowest layers are trained, or drop out, nothing is remembered.
     """
 
-    def __init__(self, layers: int, limit: int = 2 * 2**30):
+    def __init__(self, layers: int, limit: int | None = None):
         """An empty memory.
 
         Args:
             layers: how many of the lowest layers, counted above the token embeddings; with 0, nothing is remembered.
             limit: bytes; what does not fit is computed each time. A token takes 4 bytes times the model's width.
+                Default: a quarter of what the first model's device has free, at most `MOST_BYTES`.
         """
         self.layers, self.limit, self.bytes = layers, limit, 0
         self._states: dict[Key, Tensor] = {}
@@ -51,6 +53,8 @@ class HiddenStates:
             raise InputError(
                 f"{self.layers} layers: choose 1 to {count}, what we know of in a {inner.config.model_type}"
             )
+        if self.limit is None:
+            self.limit = min(MOST_BYTES, memory.available(str(model.device)) // 4)
         padding = model.tokenizer.pad_token_id
         embedded: tuple[Module, Tensor]
 
@@ -113,7 +117,7 @@ class HiddenStates:
         return torch.nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
 
     def _keep(self, key: Key, state: Tensor) -> None:
-        if key not in self._states and self.bytes + state.nbytes <= self.limit:
+        if key not in self._states and self.bytes + state.nbytes <= (self.limit or 0):
             self._states[key] = state
             self.bytes += state.nbytes
 

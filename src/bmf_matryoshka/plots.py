@@ -63,7 +63,7 @@ def metric_by_dim(
         dims = sorted(curve)
         ax.plot(dims, [curve[dim].value for dim in dims], label=name, **line)
         low, high = [curve[dim].low for dim in dims], [curve[dim].high for dim in dims]
-        ax.fill_between(dims, low, high, color=line["color"], alpha=0.15, linewidth=0)
+        ax.fill_between(dims, low, high, color=line["color"], alpha=0.12, linewidth=0)
     for name, level in (levels or {}).items():
         ax.axhline(level.value, color="black", linewidth=0.9, label=name)
         ax.axhspan(level.low, level.high, color="black", alpha=0.06, linewidth=0)

@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch.nn import Dropout, Module
 
-from bmf_matryoshka import base_models, dry_run, hardware, memory, retrieval, training
+from bmf_matryoshka import base_models, dry_run, hardware, hidden_states, memory, retrieval, training
 from bmf_matryoshka.errors import InputError
 from bmf_matryoshka.hidden_states import MOST_BYTES, HiddenStates
 
@@ -151,6 +151,47 @@ def test_the_limit_holds_and_changes_no_embedding(plain: SentenceTransformer) ->
     for _ in range(2):
         np.testing.assert_allclose(encode(plain, TEXTS), expected, atol=1e-6)
     assert 0 < states.bytes <= 1_000
+
+
+def test_states_are_kept_in_a_file(plain: SentenceTransformer, passes: list[int], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "states.safetensors"
+    other = copy.deepcopy(plain)
+    first = HiddenStates(2, file=file)
+    first.attach(plain)
+    expected = encode(plain, TEXTS)
+    first.save()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    passes.clear()
+    second = HiddenStates(2, file=file)
+    second.attach(other)
+    np.testing.assert_array_equal(encode(other, TEXTS), expected)
+    assert passes == []
+    assert second.bytes == first.bytes > 0
+
+
+def test_a_damaged_file_is_refused_and_a_failed_save_leaves_the_old_one(
+    plain: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "states.safetensors"
+    file.write_bytes(b"cut short")
+    with pytest.raises(InputError, match=f"{file}.*remove it"):
+        HiddenStates(2, file=file)
+    file.unlink()
+    states = HiddenStates(2, file=file)
+    states.attach(plain)
+    encode(plain, TEXTS[:1])
+    states.save()
+    kept = file.read_bytes()
+
+    def full_disk(_: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(kept[:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hidden_states, "save_file", full_disk)
+    with pytest.raises(OSError, match="space"):
+        states.save()
+    assert [path.name for path in tmp_path.glob("states*")] == [file.name]
+    assert file.read_bytes() == kept
 
 
 def test_the_memory_takes_a_quarter_of_what_is_free_at_most(

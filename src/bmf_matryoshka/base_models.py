@@ -144,15 +144,10 @@ def merge(base: SentenceTransformer, tuned: SentenceTransformer, weight: float) 
     start, end = base.state_dict(), tuned.state_dict()
     if {name: value.shape for name, value in start.items()} != {name: value.shape for name, value in end.items()}:
         raise InputError("the models differ in shape: merge a fine-tuned model with the base model it started from")
-    merged = copy.deepcopy(tuned)
-    merged.load_state_dict(
-        {
-            name: torch.lerp(value.float(), end[name].float().to(value.device), weight)
-            if value.is_floating_point()
-            else value
-            for name, value in start.items()
-        }
-    )
+    merged = copy.deepcopy(tuned, {id(tuned.tokenizer): tuned.tokenizer})  # the tokenizer is slow to copy
+    for name, value in merged.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(start[name].to(value), 1 - weight)
     return merged
 
 

@@ -1,11 +1,15 @@
 """What the lowest layers of a model make of each text, computed once."""
 
+import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import Dropout, Module, ModuleList, Parameter
@@ -14,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from . import base_models, memory
 from .errors import InputError
 
-Key = tuple[str, torch.dtype | None, bytes]
 MOST_BYTES = 2 * 2**30
 
 
@@ -26,16 +29,21 @@ class HiddenStates:
     so it is never taken for another's. While the lowest layers are trained, or drop out, nothing is remembered.
     """
 
-    def __init__(self, layers: int, limit: int | None = None):
-        """An empty memory.
+    def __init__(self, layers: int, limit: int | None = None, file: Path | None = None):
+        """A memory, empty without a file.
 
         Args:
             layers: how many of the lowest layers, counted above the token embeddings; with 0, nothing is remembered.
             limit: bytes; what does not fit is computed each time. A token takes 4 bytes times the model's width.
                 Default: a quarter of what the first model's device has free, at most `MOST_BYTES`.
+            file: where `save` keeps the states; what it kept before is known from the start.
+
+        Raises:
+            InputError: the file is damaged or holds something else.
         """
-        self.layers, self.limit, self.bytes = layers, limit, 0
-        self._states: dict[Key, Tensor] = {}
+        self.layers, self.limit, self.file = layers, limit, file
+        self._states = _read(file) if file is not None and file.is_file() else {}
+        self.bytes = sum(state.nbytes for state in self._states.values())
         self._hashes: WeakKeyDictionary[Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
 
     def attach(self, model: SentenceTransformer) -> None:
@@ -92,6 +100,17 @@ class HiddenStates:
         inner.get_submodule("embeddings").register_forward_pre_hook(note, with_kwargs=True)
         encoder.forward = MethodType(forward, encoder)
 
+    def save(self) -> None:
+        """Keep the states in the file for the next run, which may be another process's."""
+        assert self.file is not None
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(self.file.name + ".part")
+        try:
+            save_file(self._states, part)
+            part.replace(self.file)
+        finally:
+            part.unlink(missing_ok=True)
+
     def _recall(self, weights: str, ids: Tensor, padding: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
         """The states of a batch, shape (texts, tokens, width), zero behind each text's end.
 
@@ -104,7 +123,8 @@ class HiddenStates:
         kind = ids.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         texts = [row[: int(row.ne(padding).nonzero().max()) + 1].cpu().numpy() for row in ids]
-        keys = [(weights, precision, text.tobytes()) for text in texts]
+        made_by = f"{weights} {precision} ".encode()
+        keys = [hashlib.sha256(made_by + text.tobytes()).hexdigest() for text in texts]
         states = {key: self._states[key] for key in keys if key in self._states}
         missing = [row for row, key in enumerate(keys) if key not in states]
         if missing:
@@ -116,7 +136,7 @@ class HiddenStates:
         padded = torch.nn.utils.rnn.pad_sequence([states[key] for key in keys], batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
 
-    def _keep(self, key: Key, state: Tensor) -> None:
+    def _keep(self, key: str, state: Tensor) -> None:
         if key not in self._states and self.bytes + state.nbytes <= (self.limit or 0):
             self._states[key] = state
             self.bytes += state.nbytes
@@ -127,6 +147,13 @@ class HiddenStates:
         if encoder not in self._hashes or self._hashes[encoder][0] != versions:
             self._hashes[encoder] = versions, base_models.hash_weights(weights)
         return self._hashes[encoder][1]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} holds no hidden states ({error}): remove it, and they are made anew") from error
 
 
 def _is_changing(*modules: Module) -> bool:

@@ -22,6 +22,7 @@ from traitlets.config import Config
 from . import bench, dry_run, files, memory
 from .errors import InputError
 from .evaluation import Results
+from .hidden_states import HiddenStates
 from .metrics import Interval
 from .profiles import Profile, get_profile
 
@@ -51,6 +52,10 @@ class Course:
     def read_results(self, name: str) -> Results:
         """The results that an earlier chapter saved under this name."""
         return Results.load(self.run_dir / "results" / name)
+
+    def hidden_states(self) -> HiddenStates:
+        """What the layers that the profile freezes made of texts in this run, as far as a chapter saved it."""
+        return HiddenStates(self.profile.frozen_layers, file=self.run_dir / "hidden_states.safetensors")
 
     def figure(self, name: str) -> Path:
         """Where a figure of this run belongs, without its ending."""

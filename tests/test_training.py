@@ -364,9 +364,16 @@ def test_a_linear_map_starts_at_the_axes_and_lowers_the_loss_at_each_dim(
         return float(np.mean(np.log(np.exp(scores).sum(axis=1)) - np.diag(scores)))
 
     axes = training.principal_axes(model, train, cache=tmp_path)
-    maps = [training.linear_map(model, train, (384, 32), 60.0, seed, cache=tmp_path) for seed in (1, 1, 2)]
+    again = tmp_path / "again"  # keeps nothing yet
+    maps = [
+        training.linear_map(model, train, (384, 32), 60.0, seed, cache=cache)
+        for seed, cache in ((1, tmp_path), (1, again), (2, again))
+    ]
     np.testing.assert_array_equal(maps[0], maps[1])
     assert not np.array_equal(maps[0], maps[2])
+    with monkeypatch.context() as nothing_to_train:
+        nothing_to_train.setattr(training, "build_loss", None)
+        np.testing.assert_array_equal(training.linear_map(model, train, (384, 32), 60.0, 1, cache=again), maps[0])
     for dim in (384, 32):
         assert loss(maps[0], dim) < 0.5 * loss(axes, dim)
     monkeypatch.setattr(training, "MAP_STEPS", 0)

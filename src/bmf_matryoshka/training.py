@@ -1,5 +1,6 @@
 """Train with MatryoshkaLoss over MultipleNegativesRankingLoss: loss, batches, arguments, trainer."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -327,13 +328,18 @@ def linear_map(
         scale: what cosines are multiplied by in the loss.
         seed: for the batches: a question each of different passages.
         show_progress: show bars.
-        cache: see `retrieval.encode`.
+        cache: see `retrieval.encode`; keeps the matrix as well.
 
     Returns:
         shape (width, width); a vector x becomes matrix @ x.
     """
     vectors = _pair_vectors(model, train, show_progress, cache)
     width = vectors[0].shape[1]
+    settings = f"{[*dims]} {scale} {seed} {MAP_STEPS} {MAP_BATCH} {MAP_LEARNING_RATE} {train['passage_id'][:]}"
+    digest = hashlib.sha256(settings.encode() + vectors[0].tobytes() + vectors[1].tobytes()).hexdigest()
+    known = cache / f"map-{digest[:32]}.npy" if cache else None
+    if known and known.is_file():
+        return np.asarray(np.load(known, allow_pickle=False), np.float32)
     start = torch.from_numpy(base_models.principal_axes(*vectors))
     dense = Dense(width, width, bias=False, activation_function=torch.nn.Identity(), init_weight=start)
     loss = build_loss(SentenceTransformer(modules=[dense], device="cpu"), dims, scale)
@@ -348,7 +354,13 @@ def linear_map(
         loss([{"sentence_embedding": torch.from_numpy(part[rows])} for part in vectors], None).backward()
         optimizer.step()
         schedule.step()
-    return dense.linear.weight.detach().numpy()
+    matrix: NDArray[np.float32] = dense.linear.weight.detach().numpy()
+    if known:
+        part = known.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, matrix)
+        part.replace(known)
+    return matrix
 
 
 def _pair_vectors(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Dropout, Module, ModuleList, Parameter
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
-from . import base_models, memory
+from . import base_models, files, memory
 from .errors import InputError
 
 MOST_BYTES = 2 * 2**30
@@ -103,13 +103,8 @@ class HiddenStates:
     def save(self) -> None:
         """Keep the states in the file for the next run, which may be another process's."""
         assert self.file is not None
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_name(self.file.name + ".part")
-        try:
+        with files.whole_file(self.file) as part:
             save_file(self._states, part)
-            part.replace(self.file)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _recall(self, weights: str, ids: Tensor, padding: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
         """The states of a batch, shape (texts, tokens, width), zero behind each text's end.
@@ -125,7 +120,9 @@ class HiddenStates:
         texts = [row[: int(row.ne(padding).nonzero().max()) + 1].cpu().numpy() for row in ids]
         made_by = f"{weights} {precision} ".encode()
         keys = [hashlib.sha256(made_by + text.tobytes()).hexdigest() for text in texts]
-        states = {key: self._states[key] for key in keys if key in self._states}
+        states = {
+            key: self._states[key].to(ids.device) for key in keys if key in self._states
+        }  # a file's are on the CPU
         missing = [row for row, key in enumerate(keys) if key not in states]
         if missing:
             with torch.no_grad():

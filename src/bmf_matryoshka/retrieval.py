@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from tqdm.auto import tqdm
 
-from . import base_models, hardware
+from . import base_models, files, hardware
 
 Embeddings = NDArray[np.float32]
 Kind = Literal["query", "passage"]
@@ -251,9 +251,6 @@ def _encode_missing(
     if missing:
         fresh = _encode(model, [texts[position] for position in missing], kind, precision, token_budget, show_progress)
         known |= {keys[position]: vector for position, vector in zip(missing, fresh, strict=True)}
-        cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
+        with files.whole_file(path) as part, part.open("wb") as file:
             np.savez(file, keys=np.array(list(known)), vectors=np.stack(list(known.values())))
-        part.replace(path)
     return np.stack([known[key] for key in keys]) if keys else np.empty((0, base_models.width(model)), np.float32)

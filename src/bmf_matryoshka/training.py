@@ -33,7 +33,7 @@ from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from . import adapters, base_models, hardware, retrieval
+from . import adapters, base_models, files, hardware, retrieval
 from .batches import SimilarLengthBatchSampler, length_groups
 from .callbacks import LogFile, LossGuard, ProgressBar
 from .errors import InputError
@@ -356,10 +356,8 @@ def linear_map(
         schedule.step()
     matrix: NDArray[np.float32] = dense.linear.weight.detach().numpy()
     if known:
-        part = known.with_suffix(".part")
-        with part.open("wb") as file:
+        with files.whole_file(known) as part, part.open("wb") as file:
             np.save(file, matrix)
-        part.replace(known)
     return matrix
 
 
